@@ -1,0 +1,64 @@
+# Two commands for a stranger: `make demo` and `make test`. Each makes the environment it needs.
+PYTHON ?= python3
+TORCH := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := -c requirements/constraints.txt
+
+.PHONY: env demo test test-deep check format bench docs clean
+
+env: $(VENV)/.dev
+
+demo: $(VENV)/.core
+	rm -rf runs/demo
+	$(BIN)/attar run examples/digits.yaml --run runs/demo
+
+# One thread a process: tiny models gain nothing from more, and results then do not depend on it.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-deep: $(VENV)/.dev
+	OMP_NUM_THREADS=1 ATTAR_DEEP=1 $(BIN)/python -m pytest -n 2 -m ""
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+bench: .venv-bench/.done
+	.venv-bench/bin/python benchmarks/loop.py --check
+
+clean:
+	rm -rf $(VENV) .venv-bench site build dist src/*.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "attar needs Python 3.11 or newer; say which with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The CPU build of torch where the package index has one; else the plain build.
+$(VENV)/.core: pyproject.toml requirements/constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet $(CONSTRAINTS) "torch==$(TORCH)+cpu" || \
+	    $(PIP) install $(CONSTRAINTS) "torch==$(TORCH)"
+	$(PIP) install --quiet $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+.venv-bench/.done: requirements/bench.txt pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
+	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
+	.venv-bench/bin/python -m pip install --quiet --requirement requirements/bench.txt --editable .
+	touch $@

@@ -1,0 +1,210 @@
+"""`attar`: run, check, distill, evaluate, list, report.
+
+Rooms are imported inside the commands: `attar --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = (
+    "Exit codes: 0 done; 1 the goal was missed; 3 training diverged; 64 wrong usage; 65 wrong "
+    "data; 70 a fault in attar; 73 the run folder is taken; 74 input or output failed; 78 wrong "
+    "recipe or plan; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="attar",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    help="Knowledge distillation: a small model that keeps what a large one knows.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PATH=VALUE]...", help="Overrides, such as stages.0.epochs=5."),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="FOLDER", help="Where the run goes; runs/NAME by default."),
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE_OR_PACKAGE",
+        help="Python code of yours whose __all__ a recipe may name. It is run: trust it.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict's line alone.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    folder: Folder = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Teacher, baseline, student, verdict and report, from one recipe."""
+    from attar.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides or (), plugins=plugin or ())
+    _run(loaded, folder or Path("runs") / loaded.name, quiet, as_json)
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Resolve a recipe, try every stage on one batch, print the plan; trains nothing."""
+    from attar.recipes import check as check_recipe
+    from attar.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides or (), plugins=plugin or ())
+    plan = check_recipe(loaded)
+    if as_json:
+        print(json.dumps(plan, indent=2))
+    else:
+        from attar.cli.tables import print_plan
+
+        print_plan(plan)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        str, typer.Option(help="Folder of a saved model, or a family of models to train.")
+    ],
+    student: Annotated[str, typer.Option(help="A family of models: mlp, resnet, ...")],
+    data: Annotated[str, typer.Option(help="digits, fashion_mnist, a CSV file or an idx folder.")],
+    overrides: Overrides = None,
+    target: Annotated[str | None, typer.Option(help="The label's column of a CSV file.")] = None,
+    regression: Annotated[bool, typer.Option(help="The CSV's label is a number.")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of teacher and student.")] = 30,
+    folder: Folder = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe from a few choices, then run it."""
+    from attar.cli.write import write_recipe
+    from attar.recipes import parse, resolve
+
+    text = write_recipe(teacher, student, data, target=target, regression=regression, epochs=epochs)
+    loaded = resolve(parse(text, "distill"), overrides=overrides or (), plugins=plugin or ())
+    place = folder or Path("runs") / f"{Path(data).stem}-{student}"
+    if not (quiet or as_json):
+        print(f"the recipe, which will lie at {place / 'recipe.json'}:\n\n{text}")
+    _run(loaded, place, quiet, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    data: Annotated[str, typer.Option(help="digits, fashion_mnist, a CSV file or an idx folder.")],
+    target: Annotated[str | None, typer.Option(help="The label's column of a CSV file.")] = None,
+    regression: Annotated[bool, typer.Option(help="The CSV's label is a number.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a saved model on the test split of some data."""
+    from attar.cli.write import evaluate_model
+
+    found = evaluate_model(model, data, target=target, regression=regression)
+    print(json.dumps(found.scores, indent=2) if as_json else found)
+
+
+@app.command(name="list")
+def list_(
+    room: Annotated[str | None, typer.Argument(help="losses, models, readers, ...")] = None,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """List what a recipe can name: losses, models, readers, optimizers, ..."""
+    from attar.cli.tables import describe_rooms, print_rooms
+
+    rooms = describe_rooms(room, plugin or ())
+    if as_json:
+        print(json.dumps(rooms, indent=2))
+    else:
+        print_rooms(rooms, whole=room is not None)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Write a run's report.html again from what the run recorded."""
+    from attar.reporting import page
+
+    print(page(run))
+
+
+def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool) -> None:
+    from attar.recipes import run as run_recipe
+    from attar.runtime import EXIT_GOAL_MISSED
+
+    silent = quiet or as_json
+    say = None if silent else _say
+    verdict = run_recipe(loaded, folder=folder, say=say, progress=False if silent else None)
+    if as_json:
+        print(json.dumps(verdict.to_json(), indent=2, ensure_ascii=False))
+    else:
+        from attar.cli.tables import print_verdict
+
+        print_verdict(verdict, whole=not quiet)
+        if not quiet:
+            print(f"report     {folder / 'report.html'}")
+    if verdict.goal is not None and not verdict.goal.met:
+        raise typer.Exit(EXIT_GOAL_MISSED)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Run the command; every error is one sentence on standard error and a documented code."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        code = command()
+        return code if isinstance(code, int) else 0
+    except typer.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _refuse("interrupted", 130)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}", 74)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line itself is wrong
+            return _refuse(error.format_message(), 64)
+        if hasattr(error, "exit_code"):
+            return _refuse(str(error), error.exit_code)
+        traceback.print_exc()
+        return _refuse(f"a fault in attar: {type(error).__name__}: {error}", 70)
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"attar: {message}", file=sys.stderr)
+    return code

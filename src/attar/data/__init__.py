@@ -1,0 +1,33 @@
+"""Data: sources of batches, readers of files, and augmentations keyed by row."""
+
+from attar.data.arrays import tensors
+from attar.data.augment import crop, cutmix, flip, mixup
+from attar.data.dataset import DatasetSource
+from attar.data.digits import digits
+from attar.data.draw import Draw
+from attar.data.fashion_mnist import fashion_mnist
+from attar.data.source import Source, Subset, TensorSource
+from attar.data.splits import Data, Splits, split
+from attar.data.tables import csv
+from attar.data.types import Augmentation, Batch
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "Data",
+    "DatasetSource",
+    "Draw",
+    "Source",
+    "Splits",
+    "Subset",
+    "TensorSource",
+    "crop",
+    "csv",
+    "cutmix",
+    "digits",
+    "fashion_mnist",
+    "flip",
+    "mixup",
+    "split",
+    "tensors",
+]

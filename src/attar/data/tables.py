@@ -1,0 +1,330 @@
+"""Tables in CSV files."""
+
+from __future__ import annotations
+
+import csv as reader
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from annotated_types import Gt, Lt
+from numpy.typing import NDArray
+
+from attar.data.checks import Array
+from attar.data.source import TensorSource
+from attar.data.splits import Splits, consistent, strata
+from attar.runtime import DataError, UsageError, suggest
+
+_MOST_CLASSES = 1_000
+_FIELD_BYTES = 131_072
+_LARGEST = float(np.finfo(np.float32).max)
+_NO_NUMBER = {"na", "n/a", "nan", "null", "none", "?", "-", "inf", "+inf", "-inf"}
+
+_Encoder = Callable[["_Table"], Array]
+
+
+class _Table(NamedTuple):
+    """The cells of one file, with the line that each row begins on."""
+
+    path: str
+    names: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def column(self, name: str) -> list[str]:
+        place = self.names.index(name)
+        return [row[place] for row in self.rows]
+
+    def at(self, row: int) -> str:
+        return f"{self.path}:{self.lines[row]}"
+
+    def part(self, ids: Iterable[int]) -> _Table:
+        chosen = list(ids)
+        rows, lines = [self.rows[i] for i in chosen], [self.lines[i] for i in chosen]
+        return _Table(self.path, self.names, rows, lines)
+
+
+def csv(
+    *,
+    train: str,
+    test: str | None = None,
+    target: str | None = None,
+    regression: bool = False,
+    seed: int = 0,
+    test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2,
+) -> Splits:
+    """A table of numbers and categories, one row an example, read into memory.
+
+    The files are UTF-8 with commas and a header row; blank lines are no rows. Spaces around a
+    name or cell are dropped, and so are control characters within it. How a column is encoded is
+    decided on the training rows alone:
+
+    - all its cells are finite numbers or empty: one column of numbers, where an empty cell is
+      the mean of the training rows;
+    - otherwise: one column of 0 or 1 for each category of the training rows, sorted; a category
+      that only the test rows have is 0 in all of them, and an empty cell is a category.
+
+    Parameters
+    ----------
+    train, test:
+        Paths. Without ``test``, ``test_fraction`` of the rows of ``train`` become the test part,
+        stratified by class, chosen by ``seed``.
+    target:
+        The column to predict. None, or a column that only the test file has: training rows
+        without labels.
+    regression:
+        The target is a number (float32 [N, 1]). Otherwise each of its values is a class; classes
+        are sorted by name, or by number when all of them are integers.
+
+    Raises
+    ------
+    DataError
+        With file and line: a row of another length than the header, a cell that is no number in
+        a column of numbers or in a regression target, an empty target cell, a class that the
+        training rows do not have. With the file: an empty file, an unknown target, columns that
+        differ between the files, a column with more than 1,000 categories or classes.
+    """
+    if regression and target is None:
+        raise UsageError("csv: regression needs a target; name the column to predict")
+    learn, judge = _tables(train, test, target, regression, seed, test_fraction)
+    features = _features(learn, judge, target)
+    classes = None if target is None or regression else _classes(learn, judge, target)
+    encoders = [_encoder(learn, name) for name in features]
+    parts = [
+        TensorSource(
+            np.concatenate([encode(table) for encode in encoders], axis=1),
+            _labels(table, target, classes),
+            classes=classes,
+            name=f"{Path(table.path).name} {part}",
+        )
+        for table, part in ((learn, "train"), (judge, "test"))
+    ]
+    return consistent(parts[0], parts[1])
+
+
+def _tables(
+    train: str, test: str | None, target: str | None, regression: bool, seed: int, fraction: float
+) -> tuple[_Table, _Table]:
+    learn = _read(train)
+    if test is not None:
+        judge = _read(test)
+        if target is not None and target not in judge.names:
+            raise _unknown(judge, target)
+        return learn, judge
+    groups: NDArray[np.int64] | None = None
+    if target is not None:
+        if target not in learn.names:
+            raise _unknown(learn, target)
+        if not regression:
+            groups = np.unique(learn.column(target), return_inverse=True)[1]
+    rest, part = strata(groups, len(learn.rows), fraction, seed=seed, name=train)
+    return learn.part(rest), learn.part(part)
+
+
+def _unknown(table: _Table, target: str) -> DataError:
+    return DataError(
+        f"{table.path}: no column '{target}' for target; {suggest(target, table.names)}"
+    )
+
+
+def _features(learn: _Table, judge: _Table, target: str | None) -> list[str]:
+    features = [name for name in learn.names if name != target]
+    if not features:
+        raise DataError(f"{learn.path}: no column besides the target '{target}'; add inputs")
+    for table, others in ((learn, judge), (judge, learn)):
+        extra = [name for name in table.names if name not in others.names and name != target]
+        if extra:
+            raise DataError(
+                f"{table.path}: column '{extra[0]}' is not in {others.path}; both files need the "
+                f"same columns ({suggest(extra[0], others.names)})"
+            )
+    return features
+
+
+def _read(path: str) -> _Table:
+    # The limit is the csv module's own and global, so it is put back for whoever set it.
+    limit = reader.field_size_limit(_FIELD_BYTES)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return _table(path, file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    finally:
+        reader.field_size_limit(limit)
+
+
+def _table(path: str, file: Iterable[str]) -> _Table:
+    rows = _numbered(path, file)
+    line, header = next(rows, (0, []))
+    if not header:
+        raise DataError(f"{path}: the file is empty; it needs a header row and data rows")
+    names = _header(f"{path}:{line}", header)
+    table = _Table(path, names, [], [])
+    for line, row in rows:
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}:{line}: {len(row)} cells, but the header has {len(names)}; quote cells "
+                "that hold a comma"
+            )
+        table.rows.append([_clean(cell) for cell in row])
+        table.lines.append(line)
+    if not table.rows:
+        raise DataError(f"{path}: a header and no rows; add data rows")
+    return table
+
+
+def _numbered(path: str, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the line it begins on (a quoted cell may span lines)."""
+    rows = reader.reader(file, strict=True)
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except reader.Error as error:
+            raise DataError(f"{path}:{line}: {error}; check the quotes of this row") from None
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{path}: not UTF-8 text at line {line} or soon after; save it as UTF-8"
+            ) from None
+        if row is None:
+            return
+        if row:
+            yield line, row
+
+
+def _header(where: str, header: Sequence[str]) -> list[str]:
+    names = [_clean(name) for name in header]
+    for place, name in enumerate(names):
+        if not name:
+            raise DataError(f"{where}: column {place + 1} has no name; name it or remove it")
+        if name in names[:place]:
+            raise DataError(f"{where}: two columns are called '{name}'; rename or remove one")
+    return names
+
+
+def _encoder(learn: _Table, name: str) -> _Encoder:
+    cells = learn.column(name)
+    values = [_number(cell) for cell in cells if cell]
+    known = [value for value in values if value is not None]
+    if not values:
+        raise DataError(f"{learn.path}: column '{name}' is empty in all training rows; remove it")
+    if len(known) == len(values):
+        return _numeric(name, math.fsum(known) / len(known))
+    others = {cell for cell in cells if cell and _number(cell) is None}
+    if known and all(cell.lower() in _NO_NUMBER for cell in others):
+        row = next(row for row, cell in enumerate(cells) if cell in others)
+        raise DataError(
+            f"{learn.at(row)}: '{cells[row]}' in column '{name}' of numbers is no finite number; "
+            "leave the cell empty if the value is missing"
+        )
+    return _one_hot(learn, name)
+
+
+def _numeric(name: str, mean: float) -> _Encoder:
+    def encode(table: _Table) -> Array:
+        column = [
+            _required_number(table, row, name, cell) if cell else mean
+            for row, cell in enumerate(table.column(name))
+        ]
+        return np.array(column, np.float32)[:, None]
+
+    return encode
+
+
+def _one_hot(learn: _Table, name: str) -> _Encoder:
+    categories = sorted(set(learn.column(name)))
+    if len(categories) > _MOST_CLASSES:
+        row = next(i for i, cell in enumerate(learn.column(name)) if cell and _number(cell) is None)
+        raise DataError(
+            f"{learn.at(row)}: '{_shown(learn.column(name)[row])}' makes '{name}' a column of "
+            f"categories, and it has {len(categories):,} of them (at most {_MOST_CLASSES:,}); "
+            "remove the column or repair the cell"
+        )
+    place = {category: index for index, category in enumerate(categories)}
+
+    def encode(table: _Table) -> Array:
+        column = np.zeros((len(table.rows), len(categories)), np.float32)
+        for row, cell in enumerate(table.column(name)):
+            if cell in place:
+                column[row, place[cell]] = 1
+        return column
+
+    return encode
+
+
+def _classes(learn: _Table, judge: _Table, target: str) -> list[str]:
+    table = learn if target in learn.names else judge
+    found = set(_targets(table, target))
+    if len(found) > _MOST_CLASSES:
+        raise DataError(
+            f"{table.path}: target '{target}' has {len(found):,} classes (at most "
+            f"{_MOST_CLASSES:,}); give regression: true if it is a number"
+        )
+    if len(found) < 2:
+        raise DataError(
+            f"{table.path}: target '{target}' is '{_shown(*found)}' in every row; there is "
+            "nothing to tell apart"
+        )
+    integers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in found)
+    return sorted(found, key=lambda name: (int(name) if integers else 0, name))
+
+
+def _labels(table: _Table, target: str | None, classes: list[str] | None) -> Array | None:
+    if target is None or target not in table.names:
+        return None
+    cells = _targets(table, target)
+    if classes is None:
+        values = [_required_number(table, row, target, cell) for row, cell in enumerate(cells)]
+        return np.array(values, np.float32)
+    place = {name: index for index, name in enumerate(classes)}
+    for row, cell in enumerate(cells):
+        if cell not in place:
+            raise DataError(
+                f"{table.at(row)}: class '{_shown(cell)}' is not among the training rows; "
+                f"{suggest(cell, classes)}"
+            )
+    return np.array([place[cell] for cell in cells], np.int64)
+
+
+def _targets(table: _Table, target: str) -> list[str]:
+    cells = table.column(target)
+    if "" in cells:
+        raise DataError(
+            f"{table.at(cells.index(''))}: the target '{target}' is empty; fill the cell or remove "
+            "the row"
+        )
+    return cells
+
+
+def _required_number(table: _Table, row: int, name: str, cell: str) -> float:
+    value = _number(cell)
+    if value is None:
+        raise DataError(
+            f"{table.at(row)}: '{_shown(cell)}' in column '{name}' is not a finite number, and "
+            "the column holds numbers; repair the cell"
+        )
+    return value
+
+
+def _number(cell: str) -> float | None:
+    """The number in a cell, None if it is none that float32 can hold."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if abs(value) <= _LARGEST and "_" not in cell else None
+
+
+def _clean(text: str) -> str:
+    """Without control and other invisible characters, which could write to a terminal."""
+    if not text.isprintable():
+        text = "".join(sign for sign in text if unicodedata.category(sign)[0] != "C")
+    return text.strip()
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

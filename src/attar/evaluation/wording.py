@@ -1,0 +1,222 @@
+"""Judgements in words. The terminal and the page say exactly the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attar.evaluation.numbers import (
+    between,
+    change,
+    count,
+    digits_for,
+    percent,
+    probability,
+    show,
+    signed,
+    times,
+    title,
+)
+
+if TYPE_CHECKING:
+    from attar.evaluation.intervals import Estimate
+    from attar.evaluation.verdict import Goal, Verdict
+
+OUTCOMES = {
+    "better": "BETTER than",
+    "no difference": "NO DIFFERENCE from",
+    "worse": "WORSE than",
+}
+AGAINST = {
+    "baseline": "the baseline",
+    "start": "the student before distillation (no baseline: the training data have no labels)",
+}
+
+
+def headline(verdict: Verdict) -> str:
+    """The verdict in one line."""
+    metric, examples = verdict.metric, verdict.examples
+    digits = digits_for(examples)
+    judged = verdict.models["distilled"].primary
+    value = show(metric, judged.value, digits=digits)
+    basis = f"({count(verdict.seeds, 'seed')}, {count(examples, 'test example')})"
+    if verdict.against is None or verdict.difference is None:
+        interval = between(metric, judged.low, judged.high, examples)
+        return f"NOT COMPARED, there is no baseline: {title(metric)} {value} {interval} {basis}"
+    other = show(metric, verdict.models[verdict.against].primary.value, digits=digits)
+    return (
+        f"{OUTCOMES[verdict.outcome]} {AGAINST[verdict.against]}: {title(metric)} {value} against "
+        f"{other}, {change(metric, verdict.difference, examples)}, "
+        f"{probability(verdict.difference.p)} {basis}"
+    )
+
+
+def goal_line(goal: Goal, verdict: Verdict) -> str:
+    """Whether the goal is met, how surely, and whether the test set could tell."""
+    wanted = f"goal {percent(goal.retain)}"
+    if goal.retention is None:
+        return f"NOT MEASURABLE: the {title(verdict.metric)} is 0, so there is no ratio; {wanted}"
+    found = goal.retention
+    digits = digits_for(verdict.examples)
+    interval = between("retention", found.low, found.high, verdict.examples)
+    value = f"retention {show('retention', found.value, digits=digits)} {interval}, {wanted}"
+    doubts = _doubts(goal, found, "examples or seeds" if verdict.seeds > 1 else "examples")
+    line = f"{'MET' if goal.met else 'MISSED'}{' by the point estimate' if doubts else ''}, {value}"
+    return "; ".join([line, *doubts])
+
+
+def _doubts(goal: Goal, found: Estimate, missing: str) -> list[str]:
+    doubts = []
+    if goal.met and found.low < goal.retain:
+        doubts.append("the lower end of the interval does not agree")
+    if not goal.met and found.high >= goal.retain:
+        doubts.append("the upper end of the interval does not agree")
+    if not goal.enough_examples:
+        doubts.append(f"too few test {missing} to tell a loss of {percent(1 - goal.retain)}")
+    return doubts
+
+
+def summary(verdict: Verdict) -> list[str]:
+    """The verdict for a reader who knows no statistics, a few sentences."""
+    return [line for line in (_reached(verdict), _chance(verdict), _kept(verdict)) if line]
+
+
+def _reached(verdict: Verdict) -> str:
+    metric, digits = verdict.metric, digits_for(verdict.examples)
+    value = show(metric, verdict.models["distilled"].primary.value, digits=digits)
+    line = f"Taught by the teacher, the student reaches {_with_article(metric)} of {value}"
+    if verdict.against is None:
+        return line + "."
+    other = show(metric, verdict.models[verdict.against].primary.value, digits=digits)
+    if verdict.against == "start":
+        return f"{line}; before it was taught, it had {other}."
+    return f"{line}. The same student, trained on the labels alone, reaches {other}."
+
+
+def _with_article(metric: str) -> str:
+    name = title(metric)
+    return f"{'an' if name[0] in 'aeior' and name != 'recall' else 'a'} {name}"
+
+
+def _chance(verdict: Verdict) -> str:
+    return {
+        "better": "The gain is larger than chance alone would explain.",
+        "no difference": "The two are so close that chance alone could explain the difference.",
+        "worse": "The loss is larger than chance alone would explain.",
+    }.get(verdict.outcome, "")
+
+
+def _kept(verdict: Verdict) -> str:
+    student = verdict.models["distilled"]
+    if student.retention is None:
+        return ""
+    kept = show("retention", student.retention.value, digits=digits_for(verdict.examples))
+    what = title(verdict.metric)
+    if not verdict.higher_is_better:
+        what = f"quality (the teacher's {what} over its own)"
+    line = f"It keeps {kept} of the teacher's {what}"
+    if student.ratios is None:
+        return line + "."
+    return f"{line} with {times(student.ratios['parameters'], 'fewer', 'more')} parameters."
+
+
+def highlights(verdict: Verdict) -> list[dict[str, str]]:
+    """The few numbers that a reader in a hurry takes along."""
+    found, student = [], verdict.models["distilled"]
+    if verdict.difference is not None:
+        gain = signed(verdict.metric, verdict.difference.value, verdict.examples)
+        who = "the baseline" if verdict.against == "baseline" else "the untaught student"
+        found.append({"value": gain, "label": f"{title(verdict.metric)} against {who}"})
+    if student.retention is not None:
+        kept = show("retention", student.retention.value, digits=digits_for(verdict.examples))
+        what = title(verdict.metric) if verdict.higher_is_better else "quality"
+        found.append({"value": kept, "label": f"of the teacher's {what} kept"})
+    if student.ratios is not None:
+        size = times(student.ratios["parameters"], "fewer", "more")
+        found.append({"value": size, "label": "parameters, compared with the teacher"})
+        speed = times(student.ratios["latency_1"], "faster", "slower")
+        found.append({"value": speed, "label": "for one example, compared with the teacher"})
+    return found
+
+
+TESTS = {
+    "mcnemar": "exact McNemar test, two-sided",
+    "bootstrap": "paired bootstrap, two-sided",
+    "student": "Student's t over seeds and examples, two-sided",
+    "sign": "sign test over examples",
+}
+
+
+def method(verdict: Verdict) -> list[str]:
+    """How each number was measured."""
+    examples = count(verdict.examples, "test example")
+    lines = [_interval_method(verdict.seeds, examples, verdict.resamples)]
+    if verdict.difference is not None:
+        lines.append(
+            f"Better or worse: p below 0.05 by the {TESTS[verdict.difference.test]}; "
+            "models are compared on the same examples."
+        )
+    if verdict.against == "baseline":
+        lines.append(
+            "Baseline: the same student with the same start, data, steps and seeds, trained on "
+            "the labels alone."
+        )
+    if verdict.floor is not None:
+        floor = show(verdict.metric, verdict.floor, digits=digits_for(verdict.examples))
+        metric = _with_article(verdict.metric)
+        lines.append(f"Always giving the same best answer has {metric} of {floor}.")
+    if costs := [model.cost for model in verdict.models.values() if model.cost is not None]:
+        lines.append(
+            f"Time: a forward pass on {costs[0].device} with "
+            f"{count(costs[0].threads, 'CPU thread')}, half of the passes are below the median "
+            "and 95 % below the second number."
+        )
+        lines.append("Multiply-adds: matrix products, convolutions and attention of one example.")
+    return lines
+
+
+def _interval_method(seeds: int, examples: str, resamples: int) -> str:
+    if seeds == 1:
+        return f"Intervals: 95 %, percentile bootstrap over {examples}, {resamples:,} resamples."
+    return (
+        f"Intervals: 95 % for new training runs and new examples, Student's t over {seeds} seeds "
+        f"and {examples} (Welch-Satterthwaite, {resamples:,} resamples), slightly wide on purpose."
+    )
+
+
+def notes(verdict: Verdict) -> list[str]:
+    """What a reader must know before believing the verdict."""
+    lines = [*_doubts_of_models(verdict), _last_epoch(verdict), _one_seed(verdict)]
+    return [line for line in lines if line]
+
+
+def _last_epoch(verdict: Verdict) -> str:
+    if verdict.last is None:
+        return ""
+    value = show(verdict.metric, verdict.last.value, digits=digits_for(verdict.examples))
+    return (
+        "Judged are the student's weights of the best epoch by validation; those of its last "
+        f"epoch have {_with_article(verdict.metric)} of {value}."
+    )
+
+
+def _one_seed(verdict: Verdict) -> str:
+    if verdict.seeds > 1:
+        return ""
+    return (
+        "One training run: the intervals cover new test examples, not the luck of a run. "
+        "Train with 3 or more seeds to cover both."
+    )
+
+
+def _doubts_of_models(verdict: Verdict) -> list[str]:
+    found, models = [], verdict.models
+    above = (lambda a, b: a > b) if verdict.higher_is_better else (lambda a, b: a < b)
+    for name in ("teacher", "distilled"):
+        floor, model = verdict.floor, models.get(name)
+        if model and floor is not None and not above(model.primary.value, floor):
+            who = "teacher" if name == "teacher" else "distilled student"
+            found.append(f"The {who} is no better than always giving the same answer.")
+    teacher, baseline = models.get("teacher"), models.get("baseline")
+    if teacher and baseline and not above(teacher.primary.value, baseline.primary.value):
+        found.append("The teacher is not better than the baseline: there is no gap to close.")
+    return found

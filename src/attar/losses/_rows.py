@@ -1,0 +1,77 @@
+"""What the losses share: checks of arguments, the width of arithmetic, columns that are absent."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 or float64; a copy is made only of narrower types."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def absent(student: Tensor, teacher: Tensor) -> Tensor:
+    """True where both are -inf: the class does not exist (a padded vocabulary, a masked action)."""
+    return (student == -math.inf) & (teacher == -math.inf)
+
+
+def check_same_shape(student: Tensor, teacher: Tensor) -> None:
+    """Refuse a pair that broadcasting would quietly compare."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher must have the same shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Two tensors of logits [N, C] with C >= 2."""
+    check_same_shape(student, teacher)
+    check_classes(student)
+
+
+def check_classes(logits: Tensor) -> None:
+    """One softmax is one row, and a softmax over a single class says nothing."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must have shape [N, C] with at least two classes, got {tuple(logits.shape)}."
+        )
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Class numbers [N] in [0, C), or class probabilities [N, C]."""
+    rows, classes = logits.shape
+    expected = (rows, classes) if labels.is_floating_point() else (rows,)
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels must be class numbers [N] or float probabilities [N, C] of the same rows as "
+            f"the logits, got {labels.dtype} {tuple(labels.shape)} and {tuple(logits.shape)}."
+        )
+    if not labels.is_floating_point():
+        _check_class_numbers(labels, classes)
+
+
+def _check_class_numbers(labels: Tensor, classes: int) -> None:
+    # An accelerator refuses a wrong index itself, and asking it here would wait for it; inside a
+    # compiled graph a question about values is not possible.
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"labels must lie in [0, {classes}), got {wrong}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse zero, negative numbers, infinity and NaN."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value}.")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Refuse negative numbers, infinity and NaN."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {value}.")

@@ -1,0 +1,134 @@
+"""The recipe: the typed tree that a YAML file parses into, or that Python builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Interval
+from torch import nn
+
+from attar.data import Data, Splits
+from attar.models.types import Model
+from attar.recipes import document as documents
+from attar.recipes.resolve import Resolver
+from attar.recipes.rooms import rooms
+from attar.runtime import PreflightError
+from attar.tasks import Task
+
+TaskChoice = Annotated[Callable[..., Task], "room:tasks"]
+Stage = Annotated[Callable[..., nn.Module], "room:stages"]
+TrainOptions = Annotated[Callable[..., nn.Module], "room:stages.train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPlan:
+    """Where the teacher comes from: ``load`` a folder, or build ``model`` and ``train`` it.
+
+    ``load`` with ``model`` reads a .safetensors file into that model.
+    """
+
+    model: Model | None = None
+    load: str | None = None
+    train: TrainOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.load is None:
+            raise ValueError("the teacher needs a model to train, or a folder to load")
+        if self.load is not None and self.train is not None:
+            raise ValueError("the teacher is either loaded or trained; leave load or train out")
+        if self.load is None and self.train is None:
+            raise ValueError(
+                "the teacher has a model but no knowledge; add train: {epochs: N}, or load: PATH"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What the student has to keep: the share of the teacher's metric."""
+
+    retain: Annotated[float, Interval(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One job, from data to verdict.
+
+    In YAML every field is a name, or a table with ``name``; in Python it is the object or the
+    function itself.
+
+    Attributes:
+        task: what a batch means; what it leaves out (classes) is taken from the data.
+        data: a reader of ``attar.data``, or its splits.
+        teacher: a plan, or a trained module.
+        student: a family of ``attar.models`` with its options, a module, or a function that
+            makes one.
+        stages: what is done to the student, in order.
+        goal: what it has to keep.
+        validation: share of the training split that chooses the epoch, where the data bring no
+            split of their own.
+        seed, seeds: the first seed, and how many the student is trained with.
+        device, precision: as in ``attar.training.Plan``.
+    """
+
+    task: TaskChoice | Task
+    data: Data | Splits
+    teacher: TeacherPlan | nn.Module
+    student: Model | nn.Module
+    stages: Sequence[Stage]
+    goal: Goal | None = None
+    validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1
+    seed: Annotated[int, Ge(0)] = 0
+    seeds: Annotated[int, Ge(1)] = 1
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("the recipe has no stages; add one, such as - do: distill")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe read from a file: the objects, and the full text of what they were made from."""
+
+    recipe: Recipe
+    full: dict[str, Any]
+    name: str
+
+
+def load_recipe(
+    path: str | Path, *, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> Loaded:
+    """Read, override and resolve a recipe file.
+
+    Args:
+        path: a YAML (or JSON) file.
+        overrides: ``path.to.key=value`` each, applied in order.
+        plugins: Python files or packages whose ``__all__`` is added to the rooms.
+
+    Raises:
+        PreflightError: with file:line:column and the nearest valid name.
+    """
+    document = documents.read(path)
+    return resolve(document, overrides=overrides, plugins=plugins)
+
+
+def resolve(
+    document: documents.Document,
+    *,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+) -> Loaded:
+    """Turn a document into a recipe."""
+    if not isinstance(document.value, dict):
+        raise PreflightError(
+            f"{document.at(())}: a recipe is a table of keys: task, data, teacher, student, stages"
+        )
+    for override in overrides:
+        documents.set_value(document, override)
+    resolver = Resolver(document, rooms(plugins))
+    recipe = resolver.table(document.value, Recipe, ())
+    return Loaded(recipe, resolver.full, Path(document.name).stem)

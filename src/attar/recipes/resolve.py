@@ -1,0 +1,259 @@
+"""Turns plain values into typed ones; the typed signatures are the schema.
+
+One rule: a string, or a table with ``name``, where a type names a room, is that public name of
+the room, and the table's other keys are its options. What is wrong is said with its place and
+the nearest name that would be right.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable, Sequence
+from collections.abc import Callable as AbcCallable
+from functools import partial
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from attar.recipes.document import Document, Path_
+from attar.recipes.rooms import SUPPLIED, Room
+from attar.runtime import PreflightError, suggest
+
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+NAME_KEYS = {"stages": "do"}  # a stage is a sentence: do: distill
+
+
+class Resolver:
+    """Resolves the values of one document against rooms.
+
+    ``full`` is the document's value with every default that was left out written in: what the
+    run keeps, and a recipe by itself.
+    """
+
+    def __init__(self, document: Document, rooms: dict[str, Room]) -> None:
+        self.document = document
+        self.rooms = rooms
+        self.full = copy.deepcopy(document.value)
+
+    def fail(self, path: Path_, message: str, *, key: bool = False) -> PreflightError:
+        """The error that says *message* at the place of *path*."""
+        return PreflightError(f"{self.document.at(path, key=key)}: {message}")
+
+    def value(self, raw: Any, hint: Any, path: Path_) -> Any:
+        """*raw* as a value of the type *hint*."""
+        room = _room(hint)
+        if room is not None:
+            return self.choice(raw, room, path)
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if get_origin(inner) in (Union, types.UnionType):
+            return self._union(raw, hint, inner, path)
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            return self.table(raw, inner, path)
+        item = _item(inner)
+        if item is not None and _structured(item):
+            return [self.value(r, item, (*path, i)) for i, r in enumerate(self._list(raw, path))]
+        return self._leaf(raw, hint, path)
+
+    def choice(self, raw: Any, room: str, path: Path_) -> Any:
+        """A member of *room*, with its options bound; ``room.NAME`` has only that one."""
+        room, _, fixed = room.partition(".")
+        if fixed:
+            return self._bound(raw, self.rooms[room][fixed], room, path, ())
+        word = NAME_KEYS.get(room, "name")
+        name = raw.get(word) if isinstance(raw, dict) else raw
+        if not isinstance(name, str):
+            raise self.fail(path, f"expected a name of {room}, or a table with '{word}'")
+        place = (*path, word) if isinstance(raw, dict) else path
+        member = self._member(name, room, place)
+        given = {k: v for k, v in raw.items() if k != word} if isinstance(raw, dict) else {}
+        return self._bound(given, member, room, path, (word,))
+
+    def _bound(
+        self,
+        given: Any,
+        member: Callable[..., Any],
+        room: str,
+        path: Path_,
+        spared: Sequence[str],
+    ) -> Callable[..., Any]:
+        if not isinstance(given, dict):
+            raise self.fail(path, f"expected a table of options, not {given!r}")
+        options = self.options(given, member, path, supplied=SUPPLIED[room], spared=spared)
+        return partial(member, **options) if options else member
+
+    def table(self, raw: Any, kind: type, path: Path_) -> Any:
+        """An instance of the dataclass *kind*."""
+        if not isinstance(raw, dict):
+            word = "nothing" if raw is None else repr(raw)
+            raise self.fail(path, f"expected a table of keys and values, not {word}")
+        options = self.options(raw, kind, path)
+        try:
+            return kind(**options)
+        except PreflightError:
+            raise
+        except ValueError as error:
+            raise self.fail(path, str(error)) from None
+
+    def options(
+        self,
+        given: dict[str, Any],
+        member: Callable[..., Any],
+        path: Path_,
+        *,
+        supplied: frozenset[str] = frozenset(),
+        spared: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """The options of *member* that *given* writes, each as its signature's type."""
+        parameters = inspect.signature(member).parameters
+        hints = _hints(member)
+        writable = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if name not in supplied
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        }
+        for name in given:
+            if name in supplied:
+                raise self.fail(
+                    (*path, name), f"'{name}' is supplied and cannot be written here", key=True
+                )
+            if name not in writable:
+                known = [*writable, *spared]
+                raise self.fail(
+                    (*path, name), f"there is no '{name}' here; {suggest(name, known)}", key=True
+                )
+        missing = [n for n, p in writable.items() if p.default is p.empty and n not in given]
+        if missing:
+            raise self.fail(path, f"'{missing[0]}' is missing here")
+        self._write_defaults(path, writable, given)
+        return {
+            name: self.value(raw, hints.get(name, Any), (*path, name))
+            for name, raw in given.items()
+        }
+
+    def _member(self, name: str, room: str, path: Path_) -> Callable[..., Any]:
+        folded = {_folded(known): member for known, member in self.rooms[room].items()}
+        member = folded.get(_folded(name))
+        if member is None:
+            raise self.fail(
+                path,
+                f"there is no '{name}' in {room}; {suggest(name, map(shown, self.rooms[room]))}",
+            )
+        return member
+
+    def _union(self, raw: Any, hint: Any, inner: Any, path: Path_) -> Any:
+        members = [m for m in get_args(inner) if not _is_function(m)]
+        if raw is None and type(None) in members:
+            return None
+        members = [m for m in members if m is not type(None)]
+        # Beside a name or a table, a union's other members are objects that only Python can give.
+        written = [m for m in members if _structured(m)] or members
+        if len(written) == 1:
+            return self.value(raw, written[0], path)
+        return self._leaf(raw, functools.reduce(operator.or_, members), path)
+
+    def _list(self, raw: Any, path: Path_) -> list[Any]:
+        if not isinstance(raw, list):
+            raise self.fail(path, f"expected a list, not {raw!r}")
+        return raw
+
+    def _leaf(self, raw: Any, hint: Any, path: Path_) -> Any:
+        # A YAML list is what a recipe writes for a tuple; everything else stays strict.
+        given = tuple(raw) if isinstance(raw, list) and _is_tuple(hint) else raw
+        try:
+            return TypeAdapter(hint, config=STRICT).validate_python(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            said = first["msg"].replace("Input should be", "it must be")
+            name = next((str(p) for p in reversed(path) if isinstance(p, str)), "value")
+            raise self.fail(path, f"{name} is {raw!r}: {said}") from None
+
+    def _write_defaults(
+        self, path: Path_, writable: dict[str, inspect.Parameter], given: dict[str, Any]
+    ) -> None:
+        steps = ("recipe", *path)
+        holder: Any = {"recipe": self.full}
+        for step in steps[:-1]:
+            holder = holder[step]
+        if isinstance(holder[steps[-1]], str):
+            holder[steps[-1]] = {"name": holder[steps[-1]]}
+        table = holder[steps[-1]]
+        for name, parameter in writable.items():
+            if name not in given and parameter.default is not parameter.empty:
+                known, spelt = _spelt(parameter.default)
+                if known:
+                    table[name] = spelt
+
+
+def _room(hint: Any) -> str | None:
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, str) and mark.startswith("room:"):
+            return mark.removeprefix("room:")
+    return None
+
+
+def _item(hint: Any) -> Any:
+    """The type of a sequence's items, None for anything else."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (Sequence, list) and arguments:
+        return arguments[0]
+    return None
+
+
+def _structured(hint: Any) -> bool:
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return _room(hint) is not None or dataclasses.is_dataclass(inner)
+
+
+def _is_function(hint: Any) -> bool:
+    return get_origin(hint) is AbcCallable or hint is AbcCallable
+
+
+def _is_tuple(hint: Any) -> bool:
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(inner) is tuple
+
+
+def _hints(member: Callable[..., Any]) -> dict[str, Any]:
+    signature = getattr(member, "__signature__", None)
+    if signature is not None:
+        return {name: p.annotation for name, p in signature.parameters.items()}
+    target = member
+    if inspect.isclass(member) and not dataclasses.is_dataclass(member):
+        target = member.__init__
+    try:
+        return get_type_hints(target, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def shown(name: str) -> str:
+    """A name as recipes write it: ImageClassification is image-classification.
+
+    >>> shown("ImageClassification"), shown("kl_divergence")
+    ('image-classification', 'kl_divergence')
+    """
+    if name == name.lower():
+        return name
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+def _spelt(value: Any) -> tuple[bool, Any]:
+    """A default as a recipe would write it; (False, None) where none can."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return True, value
+    if isinstance(value, tuple | list):
+        items = [_spelt(item) for item in value]
+        return all(known for known, _ in items), [spelt for _, spelt in items]
+    if isinstance(value, partial):
+        return True, {"name": value.func.__name__, **value.keywords}
+    return (True, value.__name__) if inspect.isfunction(value) else (False, None)

@@ -1,0 +1,252 @@
+"""The main job: from a recipe to a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attar.evaluation import Cost, Verdict, cost, judge
+from attar.models import save
+from attar.recipes.job import Job, check_floor, check_job, copied, prepare, rows_of, stage_of
+from attar.recipes.recipe import Loaded, Recipe, load_recipe
+from attar.reporting import page
+from attar.runtime import Run, UsageError, check_free
+from attar.tasks.task import Rows
+from attar.training import Fit, Log, fit
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Arm:
+    """What came of one way to train a model, a row a seed: the chosen epoch's and the last's."""
+
+    finals: list[Fit] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    last: list[Rows] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    teacher_seconds: float = 0.0
+
+    def mean_seconds(self) -> float | None:
+        """Training time of one run; None where nothing was trained."""
+        return sum(self.seconds) / len(self.seconds) if self.seconds else None
+
+
+def run(
+    recipe: Recipe | Loaded | str | Path,
+    *,
+    folder: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    say: Say | None = None,
+    progress: bool | None = None,
+) -> Verdict:
+    """Do what a recipe says and judge the result on the test split.
+
+    Trains the teacher (or loads it), then for each seed the student without a teacher and the
+    student with it, from the same start, on the same data, for the same steps. The validation
+    split chooses epochs; the test split only reports.
+
+    Args:
+        recipe: a file, or a ``Recipe`` built in Python.
+        folder: the run folder; ``runs/NAME`` of the recipe when left out.
+        overrides, plugins: as in ``load_recipe``.
+        say: is told each step in a line.
+        progress: draw bars; by default where standard error is a terminal.
+
+    Raises:
+        AttarError: whatever is wrong, in one sentence, before any training where it can be
+            known by then.
+    """
+    loaded = _loaded(recipe, overrides, plugins)
+    place = Path(folder) if folder is not None else Path("runs") / loaded.name
+    check_free(place)
+    say = say or (lambda line: None)
+    job = prepare(loaded.recipe)
+    plans = check_job(job)
+    with Run(place) as home:
+        home.write("recipe.json", loaded.full)
+        home.write("plan.json", plans)
+        say(_described(job))
+        taught = _teach(job, home, say, progress)
+        arms = _students(job, home, say, progress)
+        verdict = _judged(job, home, taught, arms)
+        home.write("verdict.json", verdict.to_json())
+    page(place)
+    return verdict
+
+
+def check(
+    recipe: Recipe | Loaded | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The preflight alone: resolve the recipe, try every stage on one batch, say the plan.
+
+    Raises:
+        AttarError: what ``run`` would raise before its first step.
+    """
+    return check_job(prepare(_loaded(recipe, overrides, plugins).recipe))
+
+
+def _loaded(
+    recipe: Recipe | Loaded | str | Path, overrides: Sequence[str], plugins: Sequence[str]
+) -> Loaded:
+    if isinstance(recipe, Loaded):
+        return recipe
+    if isinstance(recipe, Recipe):
+        if overrides or plugins:
+            raise UsageError("overrides and plugins are for recipe files; change the Recipe itself")
+        return Loaded(recipe, {"python": repr(recipe)}, "recipe")
+    return load_recipe(recipe, overrides=overrides, plugins=plugins)
+
+
+def _teach(job: Job, home: Run, say: Say, progress: bool | None) -> Arm:
+    """Train the teacher where it is not loaded, and refuse one that has learnt nothing."""
+    arm = Arm()
+    if job.teaching is not None:
+        done = fit(
+            job.teacher,
+            None,
+            job.train,
+            job.task,
+            validation=job.validation,
+            log=_marked(home, arm="teacher", seed=job.recipe.seed),
+            label="teacher",
+            progress=progress,
+            **job.teaching,
+        )
+        arm.seconds.append(done.seconds)
+        check_floor(job)
+        save(job.teacher, home.folder / "teacher", extra={"task": job.task.describe()})
+    arm.rows.append(rows_of(job, job.teacher))
+    say(f"teacher    {_score(job, job.teacher)} on validation{_took(arm.mean_seconds())}")
+    return arm
+
+
+def _students(job: Job, home: Run, say: Say, progress: bool | None) -> dict[str, Arm]:
+    arms = {"start": Arm(), "baseline": Arm(), "distilled": Arm()}
+    for number in range(job.recipe.seeds):
+        start = job.student(number)
+        for name in ("baseline", "distilled"):
+            if name == "baseline" and not job.labelled:
+                arms["start"].rows.append(rows_of(job, start))
+                continue
+            student = copied(start)
+            _train_arm(job, home, arms[name], name, number, student, progress)
+            of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
+            took = _took(arms[name].seconds[-1])
+            say(f"{name + of:<15}{_score(job, student)} on validation{took}")
+    for name in ("baseline", "distilled"):
+        if arms[name].finals:
+            _save_best(job, home, arms[name], "student" if name == "distilled" else name)
+    return arms
+
+
+def _train_arm(
+    job: Job,
+    home: Run,
+    arm: Arm,
+    name: str,
+    number: int,
+    student: nn.Module,
+    progress: bool | None,
+) -> None:
+    """Take the student through every stage and evaluate what comes out."""
+    seed = job.recipe.seed + number
+    fits: list[Fit] = []
+    for index, stage in enumerate(job.recipe.stages):
+        teacher, options = stage_of(job, stage, with_teacher=name == "distilled")
+        done = fit(
+            student,
+            teacher,
+            job.train,
+            job.task,
+            validation=job.validation,
+            log=_marked(home, arm=name, seed=seed, stage=index),
+            label=f"{name} {number + 1}/{job.recipe.seeds}",
+            progress=progress,
+            seed=seed,
+            **options,
+        )
+        fits.append(done)
+        arm.teacher_seconds += done.teacher_seconds
+    arm.finals.append(fits[-1])
+    arm.seconds.append(sum(done.seconds for done in fits))
+    arm.rows.append(rows_of(job, student))
+    chosen = {k: v.clone() for k, v in student.state_dict().items()}
+    student.load_state_dict(fits[-1].last)
+    arm.last.append(rows_of(job, student))
+    student.load_state_dict(chosen)
+
+
+def _marked(home: Run, **mark: Any) -> Log:
+    """A log that says of each record whose it is."""
+    return lambda record: home.log(mark | record)
+
+
+def _save_best(job: Job, home: Run, arm: Arm, folder: str) -> None:
+    """Keep the seed that validation likes best; the verdict is about all of them."""
+    sign = 1 if job.task.higher_is_better else -1
+    best = max(arm.finals, key=lambda f: max(sign * r[job.task.metric] for r in f.history))
+    save(best.student, home.folder / folder, extra={"task": job.task.describe()})
+
+
+def _judged(job: Job, home: Run, taught: Arm, arms: dict[str, Arm]) -> Verdict:
+    distilled, baseline = arms["distilled"], arms["baseline"]
+    timed = {"teacher": taught, "baseline": baseline, "distilled": distilled}
+    seconds = {name: arm.mean_seconds() for name, arm in timed.items()}
+    return judge(
+        job.task,
+        teacher=taught.rows[0],
+        baseline=baseline.rows or None,
+        distilled=distilled.rows,
+        last=distilled.last,
+        start=arms["start"].rows or None,
+        costs=_costs(job, home, arms),
+        seconds={name: took for name, took in seconds.items() if took is not None},
+        teacher_share=distilled.teacher_seconds / sum(distilled.seconds),
+        retain=job.recipe.goal.retain if job.recipe.goal else None,
+        seed=job.recipe.seed,
+    )
+
+
+def _costs(job: Job, home: Run, arms: dict[str, Arm]) -> dict[str, Cost]:
+    inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
+    models = {"teacher": (job.teacher, "teacher")}
+    for name, folder in (("baseline", "baseline"), ("distilled", "student")):
+        if arms[name].finals:
+            models[name] = (arms[name].finals[-1].student, folder)
+    files = {
+        name: home.folder / folder / "model.safetensors" for name, (_, folder) in models.items()
+    }
+    return {
+        name: cost(
+            model,
+            inputs,
+            device=job.recipe.device,
+            file=files[name] if files[name].is_file() else None,
+        )
+        for name, (model, _) in models.items()
+    }
+
+
+def _score(job: Job, model: nn.Module) -> str:
+    value = job.task.primary(rows_of(job, model, job.validation))
+    shown = f"{100 * value:.2f} %" if job.task.metric == "accuracy" else f"{value:.4g}"
+    return f"{job.task.metric} {shown}"
+
+
+def _took(seconds: float | None) -> str:
+    return f", trained in {seconds:.1f} s" if seconds else ""
+
+
+def _described(job: Job) -> str:
+    sizes = f"{len(job.train):,} train, {len(job.validation):,} validation, {len(job.test):,} test"
+    return f"data       {job.train.name}: {sizes}"

@@ -1,0 +1,90 @@
+"""A teacher that is a module, asked batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from attar.runtime import PreflightError, autocast, modes_of, restore_modes
+from attar.signals import Tap
+from attar.tasks import Task
+
+
+class Teacher:
+    """Answers ``teacher(batch) -> {address: tensor}`` in eval mode and without gradient.
+
+    ``open`` says which signals are wanted; a teacher that was not opened answers the task's
+    main output. The module is left as it was found when the teacher is closed.
+
+    Args:
+        model: the teacher; any module that ``task.forward`` can run.
+        task: what its output means.
+        precision: autocast dtype, None for the model's own.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, *, precision: torch.dtype | None = None
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.precision = precision
+        self._tap: Tap | None = None
+        self._outputs: list[tuple[str, str]] = []
+        self._modes = modes_of(model)
+        self._found: dict[str, int] = {}
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def open(self, addresses: Sequence[str] = (), device: torch.device | None = None) -> Self:
+        """Make ready to answer *addresses* (none = the task's main output)."""
+        if self._tap is not None:
+            self.close()
+        wanted = list(dict.fromkeys(addresses)) or [f"output:{self.task.outputs[0]}"]
+        self._outputs = [
+            (text, text.removeprefix("output:")) for text in wanted if text.startswith("output:")
+        ]
+        self._tap = Tap(self.model, wanted, "teacher").open()
+        self._modes = modes_of(self.model)
+        self.model.eval()
+        if device is not None:
+            self.model.to(device)
+        self._found = self._versions()
+        return self
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The signals of this batch, detached."""
+        if self._tap is None:
+            self.open()
+        assert self._tap is not None
+        with autocast(batch["inputs"].device, self.precision):
+            out, told = self._tap(self.task.forward, self.model, batch)
+        for address, name in self._outputs:
+            told[address] = self.task.output(out, name)
+        return told
+
+    def check(self) -> None:
+        """Refuse a teacher that was switched to training or whose weights have moved."""
+        moved = [name for name, version in self._versions().items() if version != self._found[name]]
+        if any(module.training for module in self.model.modules()):
+            raise PreflightError("the teacher was switched to training mode; leave it in eval mode")
+        if moved:
+            raise PreflightError(
+                f"the teacher changed while it was teaching: {moved[0]} was written to; "
+                "give the student its own copy of whatever they share"
+            )
+
+    def close(self) -> None:
+        """Take the hooks away and put modes and device back."""
+        if self._tap is None:
+            return
+        self._tap.close()
+        self._tap = None
+        restore_modes(self._modes)
+        self.model.to(self._device)
+
+    def _versions(self) -> dict[str, int]:
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: tensor._version for name, tensor in named}

@@ -1,0 +1,39 @@
+"""Training: terms, the objective, and the one loop behind every verb."""
+
+from attar.training.fit import Fit, check, distill, fit, train
+from attar.training.loop import Log
+from attar.training.objective import Counts, Objective, Parts
+from attar.training.optimization import (
+    OptimizerFactory,
+    Schedule,
+    adamw,
+    constant,
+    cosine,
+    linear,
+    sgd,
+)
+from attar.training.plan import Plan
+from attar.training.preflight import StagePlan
+from attar.training.term import Term
+
+__all__ = [
+    "Counts",
+    "Fit",
+    "Log",
+    "Objective",
+    "OptimizerFactory",
+    "Parts",
+    "Plan",
+    "Schedule",
+    "StagePlan",
+    "Term",
+    "adamw",
+    "check",
+    "constant",
+    "cosine",
+    "distill",
+    "fit",
+    "linear",
+    "sgd",
+    "train",
+]

@@ -1,0 +1,382 @@
+"""The verbs that train: `train` on labels, `distill` from a teacher. One loop behind both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from attar.evaluation import collect
+from attar.models import save
+from attar.runtime import (
+    Bar,
+    PreflightError,
+    Run,
+    UsageError,
+    modes_of,
+    resolve_device,
+    resolve_precision,
+    restore_modes,
+    to_device,
+)
+from attar.tasks import Task
+from attar.teachers import Teacher
+from attar.training.loop import Log, Loop
+from attar.training.objective import Objective
+from attar.training.plan import Plan, make_plan
+from attar.training.preflight import (
+    StagePlan,
+    check_labels,
+    check_pair,
+    dry_pass,
+    plan_stage,
+)
+from attar.training.term import Term, asked_of_teacher
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of a stage: the trained module and what was seen on the way.
+
+    ``student`` holds the best epoch's weights where a validation split chose one, else the
+    last's; ``last`` holds the last epoch's. ``seconds`` are of training and validation,
+    ``teacher_seconds`` the part of them in which the teacher answered.
+    """
+
+    student: nn.Module
+    last: State
+    best_epoch: int | None
+    history: list[dict[str, Any]]
+    plan: StagePlan
+    seconds: float
+    teacher_seconds: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checked stage, ready to run: made by ``prepared``."""
+
+    objective: Objective
+    teacher: Any
+    plan: Plan
+    shapes: StagePlan
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+@contextmanager
+def prepared(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term],
+    label_weight: float,
+    plan: Plan,
+) -> Iterator[Stage]:
+    """Check a stage by a dry pass and hold it open; puts student and teacher back at the end."""
+    device = resolve_device(plan.device)
+    dtype = resolve_precision(plan.precision, device)
+    asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
+    if asked and teacher is None:
+        raise PreflightError(f"the terms ask a teacher for {asked[0]}, but there is no teacher")
+    if not asked:
+        teacher = None  # nothing to ask it: the terms are on labels and on the student alone
+    check_pair(student, teacher)
+    modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _opened(teacher, asked, device):
+        torch.manual_seed(plan.seed)
+        student.to(device)
+        batch = to_device(_first_batch(data, plan), device)
+        told = teacher(batch) if teacher is not None else {}
+        objective = Objective(
+            student,
+            task,
+            terms,
+            label_weight=label_weight,
+            example=(batch, told),
+            precision=dtype,
+        ).to(device)
+        try:
+            check_labels(task, batch, objective)
+            shapes = plan_stage(objective, teacher, data, plan, dry_pass(objective, batch, told))
+            yield Stage(objective, teacher, plan, shapes, device, dtype)
+        finally:
+            objective.close()
+            restore_modes(modes)
+            student.to(home)
+
+
+@contextmanager
+def _opened(teacher: Any, asked: list[str], device: torch.device) -> Iterator[None]:
+    if teacher is None:
+        yield
+        return
+    teacher.open(asked, device)
+    try:
+        yield
+    finally:
+        teacher.close()
+
+
+def _first_batch(data: Any, plan: Plan) -> dict[str, Tensor]:
+    epoch = data.epoch(0, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment)
+    return next(iter(epoch))
+
+
+def check(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term] = (),
+    *,
+    label_weight: float = 0.1,
+    **options: Any,
+) -> StagePlan:
+    """The preflight alone: all of a stage but its training. Raises what ``fit`` would raise."""
+    with prepared(
+        student, teacher, data, task.fitted(data), terms, label_weight, make_plan(options)
+    ) as stage:
+        return stage.shapes
+
+
+def fit(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term] = (),
+    *,
+    label_weight: float = 0.1,
+    validation: Any = None,
+    log: Log | None = None,
+    label: str = "training",
+    progress: bool | None = None,
+    **options: Any,
+) -> Fit:
+    """Train *student* in place and say what was seen; `train` and `distill` return its student.
+
+    Args are those of `distill`; ``log`` is given each record, ``label`` names the progress bar.
+    """
+    plan, task = make_plan(options), task.fitted(data)
+    start = perf_counter()
+    with (
+        prepared(student, teacher, data, task, terms, label_weight, plan) as stage,
+        Bar(label, stage.shapes.steps, show=progress) as bar,
+    ):
+        loop = Loop(
+            stage.objective,
+            stage.teacher,
+            plan,
+            stage.shapes.steps,
+            stage.device,
+            stage.dtype,
+            log=log,
+            watch=bar.watch,
+        )
+        chosen = _Chosen(task, plan.keep if validation is not None else "last")
+        for number in range(plan.epochs):
+            stage.objective.train()
+            batches = data.epoch(
+                number, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment
+            )
+            loop.epoch(number, batches)
+            _close_epoch(number, stage, loop, chosen, validation, log, bar)
+        last = _state(student)
+        if chosen.state is not None:
+            student.load_state_dict(chosen.state)
+    return Fit(
+        student=student,
+        last=last,
+        best_epoch=chosen.epoch,
+        history=chosen.history,
+        plan=stage.shapes,
+        seconds=perf_counter() - start,
+        teacher_seconds=loop.teacher_seconds,
+    )
+
+
+def _close_epoch(
+    number: int,
+    stage: Stage,
+    loop: Loop,
+    chosen: _Chosen,
+    validation: Any,
+    log: Log | None,
+    bar: Bar,
+) -> None:
+    """Validate with the averaged weights where there are any, and keep what is best."""
+    final = number + 1 == stage.plan.epochs
+    if validation is None and not final:
+        return
+    student = stage.objective.student
+    if loop.average is not None:
+        loop.average.swap()
+    if validation is not None:
+        if stage.teacher is not None and hasattr(stage.teacher, "check"):
+            stage.teacher.check()
+        rows = collect(student, validation, chosen.task, device=stage.device)
+        scores = chosen.task.score(rows)
+        record = {"split": "validation", "epoch": number, "step": loop.done, **scores}
+        chosen.offer(number, record, student)
+        bar.note(chosen.task.metric, scores[chosen.task.metric])
+        if log is not None:
+            log(record)
+    if loop.average is not None and not final:
+        loop.average.swap()
+
+
+class _Chosen:
+    """The best epoch so far, by validation; an equal later one does not replace it."""
+
+    def __init__(self, task: Task, keep: str) -> None:
+        self.task = task
+        self.keep = keep
+        self.epoch: int | None = None
+        self.state: State | None = None
+        self.history: list[dict[str, Any]] = []
+        self._best = float("-inf")
+
+    def offer(self, number: int, record: dict[str, Any], student: nn.Module) -> None:
+        self.history.append(record)
+        value = record[self.task.metric] * (1 if self.task.higher_is_better else -1)
+        if value > self._best:
+            self._best, self.epoch = value, number
+            if self.keep == "best":
+                self.state = _state(student)
+
+
+def _state(module: nn.Module) -> State:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def distill(
+    student: nn.Module,
+    teacher: Teacher | nn.Module | Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term],
+    *,
+    label_weight: Annotated[float, Ge(0)] = 0.1,
+    validation: Any = None,
+    run: str | Path | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Train *student*, in place, to give what *teacher* gives; returns the student.
+
+    Args:
+        student: any module that ``task.forward`` can run.
+        teacher: an ``attar.Teacher``, a module, or anything that answers like a teacher.
+        data: an ``attar.data.Source``; without labels, ``label_weight`` must be 0.
+        task: what a batch means.
+        terms: what to match.
+        label_weight: weight of the task's own loss on the labels.
+        validation: a source by which the best epoch is chosen; without one the last is kept.
+        run: folder for the log, the plan and the trained model; must not hold a run.
+        progress: draw a bar; by default where standard error is a terminal.
+        **options: the fields of ``attar.training.Plan``.
+
+    Raises:
+        AttarError: whatever is wrong, in one sentence, before the first batch.
+        DivergedError: a loss or gradient is not finite; the weights are from before that step.
+    """
+    if isinstance(teacher, nn.Module):
+        teacher = Teacher(teacher, task)
+    return _verb(
+        student,
+        teacher,
+        data,
+        task,
+        terms,
+        label_weight,
+        run,
+        progress,
+        validation=validation,
+        label="distill",
+        **options,
+    )
+
+
+def train(
+    student: nn.Module,
+    data: Any,
+    task: Task,
+    *,
+    validation: Any = None,
+    run: str | Path | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Train a module, in place, on labels alone; returns it. The options are `distill`'s."""
+    return _verb(
+        student,
+        None,
+        data,
+        task,
+        (),
+        1.0,
+        run,
+        progress,
+        validation=validation,
+        label="train",
+        **options,
+    )
+
+
+def _verb(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term],
+    label_weight: float,
+    run: str | Path | None,
+    progress: bool | None,
+    **options: Any,
+) -> nn.Module:
+    if not isinstance(student, nn.Module):
+        raise UsageError(f"the student must be a torch.nn.Module, not a {type(student).__name__}")
+    told: dict[str, Any] = {"label_weight": label_weight, "progress": progress}
+    if run is None:
+        return fit(student, teacher, data, task, terms, **told, **options).student
+    with Run(run) as folder:
+        done = fit(student, teacher, data, task, terms, log=folder.log, **told, **options)
+        folder.write("plan.json", done.plan.to_json())
+        save(done.student, folder.folder / "model", extra={"task": task.fitted(data).describe()})
+    return done.student
+
+
+def _with_plan(verb: Callable[..., Any]) -> inspect.Signature:
+    """The verb's signature with the plan's fields spelled out, for help, editors and recipes."""
+    own = inspect.signature(verb, eval_str=True)
+    plan = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint
+        )
+        for field, hint in zip(fields(Plan), _hints(Plan).values(), strict=True)
+    ]
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*kept, *plan])
+
+
+def _hints(owner: type) -> Mapping[str, Any]:
+    from typing import get_type_hints
+
+    return get_type_hints(owner, include_extras=True)
+
+
+distill.__signature__ = _with_plan(distill)  # type: ignore[attr-defined]
+train.__signature__ = _with_plan(train)  # type: ignore[attr-defined]

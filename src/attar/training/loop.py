@@ -1,0 +1,198 @@
+"""The one loop: windows of batches, each one step of the optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from attar.runtime import DivergedError, to_device
+from attar.training.objective import Counts, Objective, Parts
+from attar.training.optimization import Average, make_optimizer
+from attar.training.plan import Plan
+
+Log = Callable[[dict[str, Any]], None]
+Window = list[dict[str, Tensor]]
+
+MOST_SKIPPED = 20  # steps in a row that fp16 may overflow before it is called a divergence
+
+
+def windows(batches: Iterable[dict[str, Tensor]], accumulate: int) -> Iterator[Window]:
+    """Cut batches into optimiser steps; the last may be short."""
+    if accumulate == 1:
+        for batch in batches:
+            yield [batch]
+        return
+    iterator = iter(batches)
+    while window := list(islice(iterator, accumulate)):
+        yield window
+
+
+class Loop:
+    """Takes optimiser steps; holds what a step changes and nothing else.
+
+    Args:
+        objective: the student, its terms and projectors.
+        teacher: answers ``objective``'s addresses, or None.
+        plan: the options.
+        steps: optimiser steps in the whole stage, which the schedules are measured against.
+        device, dtype: where, and the autocast dtype.
+        log: is given a record every ``plan.log_every`` steps.
+        watch: is given (steps done, loss) after each step, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Any,
+        plan: Plan,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        log: Log | None = None,
+        watch: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self.objective = objective
+        self.teacher = teacher
+        self.plan = plan
+        self.steps = steps
+        self.device = device
+        self.optimizer = make_optimizer(plan.optimizer, objective)
+        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        self.average = Average(objective.student, plan.average) if plan.average else None
+        self.scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
+        self.done = 0
+        self.skipped = 0
+        self.teacher_seconds = 0.0
+        self._log = log
+        self._watch = watch
+        self._pending: list[Parts] = []
+        self._reported = 0
+
+    def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Take every step of one epoch."""
+        for window in windows(batches, self.plan.accumulate):
+            loss = self.step(window)
+            if self._watch is not None:
+                self._watch(self.done, loss)
+            if self._log is not None and self.done % self.plan.log_every == 0:
+                self._report(number)
+        if self._pending:
+            self._report(number)
+
+    def step(self, window: Window) -> float:
+        """One optimiser step over the batches of *window*; returns its loss."""
+        progress = (self.done + 0.5) / self.steps
+        factor = self.plan.schedule(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        counts = Counts.of(self.objective.task, window)
+        loss = 0.0
+        for batch in window:
+            loss += self._backward(to_device(batch, self.device), counts, progress)
+        if self._guarded(window, loss, counts, progress):
+            self._update()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.done += 1
+        return loss
+
+    def _backward(self, batch: dict[str, Tensor], counts: Counts, progress: float) -> float:
+        told = None
+        if self.teacher is not None:
+            start = perf_counter()
+            told = self.teacher(batch)
+            self.teacher_seconds += perf_counter() - start
+        parts = self.objective(batch, told, counts, progress)
+        (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
+        if self._log is not None:
+            self._pending.append(parts.detached())
+        return parts.loss.item()
+
+    def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
+        """Whether the step may change the weights; a divergence is raised before it does."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(grads)
+        if math.isfinite(loss) and math.isfinite(norm.item()):
+            self.skipped = 0
+            if self.plan.clip is not None:
+                clip_grads_with_norm_(self.parameters, self.plan.clip, norm)
+            return True
+        self.skipped += 1
+        if self.scaler is not None and math.isfinite(loss) and self.skipped < MOST_SKIPPED:
+            self.scaler.step(self.optimizer)  # sees the overflow: changes no weight
+            self.scaler.update()
+            return False
+        for parameter in self.parameters:
+            parameter.grad = None
+        raise DivergedError(self._blame(window, counts, progress))
+
+    def _update(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.average is not None:
+            self.average.update()
+
+    def _blame(self, window: Window, counts: Counts, progress: float) -> str:
+        """Which term went wrong, on which rows: each is differentiated again by itself."""
+        where = f"step {self.done + 1} of {self.steps}"
+        for batch in window:
+            batch = to_device(batch, self.device)
+            told = self.teacher(batch) if self.teacher is not None else None
+            for index, name in enumerate(self.objective.names):
+                parts = self.objective(batch, told, counts, progress)
+                what = _fault(parts.values[index], self.parameters)
+                if what:
+                    ids = batch["ids"].tolist()
+                    rows = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+                    return (
+                        f"{where}: the {what} of the term '{name}' is not finite (batch of rows "
+                        f"{rows}); the weights are those from before the step. Lower the "
+                        "learning rate, set clip: 1.0, or look at those rows"
+                    )
+        return (
+            f"{where}: the loss or a gradient is not finite; the weights are those from before "
+            "the step. Lower the learning rate or set clip: 1.0"
+        )
+
+    def _report(self, epoch: int) -> None:
+        # Metrics stay tensors until here, so that a step never waits for one to be read.
+        steps = self.done - self._reported
+        terms = dict.fromkeys(self.objective.names, 0.0)
+        for parts in self._pending:
+            for name, value in parts.terms.items():
+                terms[name] += value.item() / steps
+        record = {
+            "split": "train",
+            "epoch": epoch,
+            "step": self.done,
+            "loss": sum(parts.loss.item() for parts in self._pending) / steps,
+            "terms": terms,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self._pending.clear()
+        self._reported = self.done
+        assert self._log is not None
+        self._log(record)
+
+
+def _fault(value: Tensor, parameters: list[Tensor]) -> str | None:
+    value = value.sum()
+    if not torch.isfinite(value):
+        return "value"
+    if not value.requires_grad:
+        return None
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    finite = all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
+    return None if finite else "gradient"

@@ -1,0 +1,224 @@
+"""The student and everything it is told, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from attar.runtime import PreflightError, autocast, eval_mode
+from attar.signals import Tap
+from attar.tasks import Task
+from attar.training.term import BoundTerm, Term, loss_name
+
+LABELS = "labels"
+
+
+class Counts(NamedTuple):
+    """Over what a window's values are divided: its counted positions and its examples."""
+
+    positions: int
+    examples: int
+
+    @classmethod
+    def of(cls, task: Task, batches: Sequence[dict[str, Tensor]]) -> Counts:
+        """Count the batches of one optimiser step."""
+        positions = examples = 0
+        for batch in batches:
+            mask = task.mask(batch)
+            size = len(batch["inputs"])
+            examples += size
+            positions += size if mask is None else int(mask.sum())
+        return cls(positions, examples)
+
+
+class Parts(NamedTuple):
+    """What an objective gives: the loss to differentiate, and each term's share unweighted."""
+
+    loss: Tensor
+    values: list[Tensor]
+    scales: list[float]
+    names: list[str]
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Each term by name, without its weight."""
+        shares = zip(self.names, self.values, self.scales, strict=True)
+        return {name: value.detach() * scale for name, value, scale in shares}
+
+    def detached(self) -> Parts:
+        """The same numbers without the graph behind them."""
+        return self._replace(
+            loss=self.loss.detach(), values=[value.detach() for value in self.values]
+        )
+
+
+class Objective(nn.Module):
+    """``objective(batch, told) -> Parts``: what is wrapped, compiled and checkpointed.
+
+    With the teacher, all that a loop of one's own needs::
+
+        with attar.Objective(student, task, [term]) as objective:
+            for batch in loader:
+                objective(batch, teacher(batch)).loss.backward()
+
+    Values a position are divided by the positions of the whole optimiser step (``counts``; this
+    batch alone when left out), values an example by its examples; a scalar is weighted by its
+    share of the examples. So terms of rows do not depend on how the step is cut into batches.
+
+    Args:
+        student: the module to train.
+        task: what a batch means.
+        terms: what to match.
+        label_weight: weight of the task's own loss on the labels.
+        example: ``(batch, told)`` from which projectors are sized.
+        precision: autocast dtype of the student's pass; losses are in float32 whatever it is.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        task: Task,
+        terms: Sequence[Term] = (),
+        *,
+        label_weight: float = 0.1,
+        example: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if label_weight == 0 and not terms:
+            raise PreflightError("there is nothing to learn: no term, and label_weight is 0")
+        self.student = student
+        self.task = task
+        self.label_weight = label_weight
+        self.precision = precision
+        main = f"output:{task.outputs[0]}"
+        bound = [BoundTerm(t, main, n) for t, n in zip(terms, _names(terms, main), strict=True)]
+        # Registered for its projectors; iterated as a plain list, which costs a step less.
+        self.adapters = nn.ModuleList(bound)
+        self._bound = bound
+        self.names = [b.name for b in bound] + [LABELS] * (label_weight > 0)
+        self._addresses = list(dict.fromkeys(self._wanted()))
+        self._outputs = [(a, a.removeprefix("output:")) for a in self._addresses if "output:" in a]
+        self._tap = Tap(student, self._addresses, "student")
+        self._tap.open()
+        self._size_projectors(terms, example)
+
+    @property
+    def bound(self) -> Sequence[BoundTerm]:
+        """The terms as they are compared."""
+        return self._bound
+
+    def forward(
+        self,
+        batch: dict[str, Tensor],
+        told: dict[str, Tensor] | None = None,
+        counts: Counts | None = None,
+        progress: float = 0.0,
+    ) -> Parts:
+        """The parts of this batch's loss; ``told`` is the teacher's answer."""
+        out, heard = self._hear(batch)
+        mask = self.task.mask(batch)
+        if counts is None:
+            counts = Counts.of(self.task, [batch])
+        examples = len(batch["inputs"])
+        values: list[Tensor] = []
+        scales: list[float] = []
+        loss: Any = None
+        # Losses choose their own precision; an autocast around the caller's loop must not.
+        with autocast_off(batch["inputs"].device):
+            for term in self._bound:
+                value = term.value(heard, told or {}, batch, mask, progress)
+                value, scale = _scaled(value, "mask" in term.needs, counts, examples)
+                weight = term.weight(progress) if callable(term.weight) else term.weight
+                loss = _added(loss, value, weight * scale)
+                values.append(value)
+                scales.append(scale)
+            if self.label_weight:
+                value = self.task.loss(out, batch)
+                value, scale = _scaled(value, False, counts, examples)
+                loss = _added(loss, value, self.label_weight * scale)
+                values.append(value)
+                scales.append(scale)
+        return Parts(loss, values, scales, self.names)
+
+    def close(self) -> None:
+        """Take the hooks off the student."""
+        self._tap.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def signals(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The student's signals of this batch by address, before any projector."""
+        return self._hear(batch)[1]
+
+    def _wanted(self) -> list[str]:
+        asked = [b.student for b in self._bound]
+        return asked + [b.target for b in self._bound if b.own]
+
+    def _hear(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        with autocast(batch["inputs"].device, self.precision):
+            out, heard = self._tap(self.task.forward, self.student, batch)
+        for address, name in self._outputs:
+            heard[address] = self.task.output(out, name)
+        return out, heard
+
+    @torch.no_grad()
+    def _size_projectors(self, terms: Sequence[Term], example: Any) -> None:
+        wanted = [(b, t.projector) for b, t in zip(self._bound, terms, strict=True) if t.projector]
+        if not wanted:
+            return
+        if example is None:
+            raise PreflightError(
+                "a projector is sized from example signals: give Objective(..., "
+                "example=(batch, told)), or use attar.distill, which does"
+            )
+        batch, told = example
+        # In eval mode, so that sizing a projector does not move the student's batch statistics.
+        with eval_mode(self.student):
+            heard = self.signals(batch)
+        for bound, make in wanted:
+            goal = (heard if bound.own else told)[bound.target]
+            bound.projector = make(heard[bound.student], goal).to(batch["inputs"].device)
+
+
+def autocast_off(device: torch.device) -> Any:
+    """A context without autocast; free where there is none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _scaled(value: Tensor, whole: bool, counts: Counts, examples: int) -> tuple[Tensor, float]:
+    """The value as one number, and the factor that makes it this batch's share of the step."""
+    if value.ndim == 0:
+        return value, examples / max(counts.examples, 1)
+    return value.sum(), 1 / max(counts.examples if whole else counts.positions, 1)
+
+
+def _added(loss: Tensor | None, value: Tensor, factor: float) -> Tensor:
+    return value * factor if loss is None else torch.add(loss, value, alpha=factor)
+
+
+def _names(terms: Sequence[Term], main: str) -> list[str]:
+    names: list[str] = []
+    for term in terms:
+        name = loss_name(term.loss)
+        if term.student not in (None, main):
+            name = f"{name}({term.student})"
+        count = sum(n.split(" #")[0] == name for n in names)
+        names.append(f"{name} #{count + 1}" if count else name)
+    return names

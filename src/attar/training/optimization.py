@@ -1,0 +1,151 @@
+"""Optimisers, schedules and averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from attar.runtime import UsageError
+
+OptimizerFactory = Annotated[Callable[..., Optimizer], "room:optimizers"]
+Schedule = Annotated[Callable[[float], float], "room:schedules"]
+
+# Decaying these pulls a scale or an offset to 0 without making the function simpler.
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def sgd(
+    params: Iterable[Any],
+    *,
+    lr: Annotated[float, Gt(0)] = 0.1,
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9,
+    weight_decay: Annotated[float, Ge(0)] = 5e-4,
+    nesterov: bool = False,
+) -> Optimizer:
+    """Stochastic gradient descent with momentum."""
+    return torch.optim.SGD(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+    )
+
+
+def adamw(
+    params: Iterable[Any],
+    *,
+    lr: Annotated[float, Gt(0)] = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: Annotated[float, Gt(0)] = 1e-8,
+    weight_decay: Annotated[float, Ge(0)] = 0.01,
+) -> Optimizer:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def constant(progress: float, *, warmup: Annotated[float, Interval(ge=0, le=1)] = 0.0) -> float:
+    """The whole rate after a linear warm-up over the share *warmup* of all steps."""
+    return _warmed(progress, warmup)
+
+
+def linear(
+    progress: float,
+    *,
+    warmup: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+    final: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+) -> float:
+    """Linear warm-up, then a straight line down to the share *final* of the rate."""
+    return _warmed(progress, warmup) * (1 - (1 - final) * _decayed(progress, warmup))
+
+
+def cosine(
+    progress: float,
+    *,
+    warmup: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+    final: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+) -> float:
+    """Linear warm-up, then half a cosine down to *final* (Loshchilov & Hutter 2017).
+
+    >>> [round(cosine(p, warmup=0.2), 3) for p in (0.1, 0.2, 0.6, 1.0)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    wave = (1 + math.cos(math.pi * _decayed(progress, warmup))) / 2
+    return _warmed(progress, warmup) * (final + (1 - final) * wave)
+
+
+def _warmed(progress: float, warmup: float) -> float:
+    return min(1.0, progress / warmup) if warmup else 1.0
+
+
+def _decayed(progress: float, warmup: float) -> float:
+    return 0.0 if warmup >= 1 else max(0.0, (progress - warmup) / (1 - warmup))
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: weights, and what must not decay (biases, norms, single numbers)."""
+    spared: set[int] = set()
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(part, NORMS) or name == "bias" or parameter.ndim < 2:
+                spared.add(id(parameter))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in spared]},
+        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module) -> Optimizer:
+    """Build the optimiser over the trainable parameters and remember each group's own rate."""
+    groups = parameter_groups(module)
+    if not groups:
+        raise UsageError("nothing can be trained: every parameter has requires_grad False")
+    try:
+        optimizer = factory(groups)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the optimizer cannot be built: {error}") from None
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+class Average:
+    """Exponential moving average of a module's weights and statistics (Polyak averaging).
+
+    The decay grows as ``min(decay, (1 + n) / (10 + n))`` over n updates, so that a short run is
+    not held back by its random start. Integer buffers are copied.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._live = [t for t in module.state_dict().values() if t.is_floating_point()]
+        self._mean = [tensor.detach().clone() for tensor in self._live]
+        self._decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages toward the weights as they are now."""
+        self.updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._mean, self._live, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the live weights and the averages; a second call puts them back."""
+        for live, mean in zip(self._live, self._mean, strict=True):
+            kept = live.clone()
+            live.copy_(mean)
+            mean.copy_(kept)
+
+    def state(self) -> list[Tensor]:
+        """The averaged tensors, in the order of the module's state."""
+        return self._mean

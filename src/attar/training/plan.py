@@ -1,0 +1,65 @@
+"""How to walk: the options that `train` and `distill` share, checked before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from attar.data.types import Augmentation
+from attar.runtime import UsageError, suggest
+from attar.training.optimization import OptimizerFactory, Schedule, cosine, sgd
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+class Plan:
+    """The options of one stage of training.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: examples in a batch.
+        accumulate: batches in one optimiser step; the step is that of one batch as large.
+        optimizer: ``attar.training.sgd``, ``adamw``, or any ``torch.optim`` class, with its
+            options by ``functools.partial``.
+        schedule: factor of the rate as a function of progress, 0 to 1.
+        clip: largest norm of the whole gradient.
+        average: decay of a moving average of the weights, which then are the result.
+        augment: functions of ``attar.data``, in order; keyed by seed, epoch and example.
+        keep: ``best`` epoch by validation, or the ``last``.
+        seed: of order, augmentation and dropout.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        precision: ``auto``, ``float32``, ``bf16`` or ``fp16``; losses are in float32 always.
+        log_every: steps between two records of the training loss.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 10
+    batch_size: Annotated[int, Ge(1)] = 128
+    accumulate: Annotated[int, Ge(1)] = 1
+    optimizer: OptimizerFactory = sgd
+    schedule: Schedule = partial(cosine, warmup=0.05)
+    clip: Annotated[float, Gt(0)] | None = None
+    average: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    augment: Sequence[Augmentation] = ()
+    keep: Literal["best", "last"] = "best"
+    seed: Annotated[int, Ge(0)] = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    log_every: Annotated[int, Ge(1)] = 50
+
+
+def make_plan(options: dict[str, Any]) -> Plan:
+    """Check *options*; what is wrong is one sentence that names the option."""
+    known = Plan.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise UsageError(f"there is no option '{name}'; {suggest(name, known)}")
+    try:
+        return Plan(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{name} is {first['input']!r}: {first['msg']}") from None

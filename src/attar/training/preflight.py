@@ -1,0 +1,176 @@
+"""Everything that can be known before the first batch of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from attar.runtime import AttarError, PreflightError, eval_mode
+from attar.tasks import Task
+from attar.training.objective import Counts, Objective
+from attar.training.plan import Plan
+from attar.training.term import BoundTerm
+
+# Adam's two moments beside the weights: what a checkpoint of a stage will hold at most.
+STATE_COPIES = 3
+
+
+@dataclass(frozen=True)
+class TermShapes:
+    """What one term compares, as the dry pass saw it."""
+
+    name: str
+    student: str
+    student_shape: list[int]
+    teacher: str | None
+    teacher_shape: list[int] | None
+    projector: str | None
+    value: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage is going to do; ``attar check`` prints it."""
+
+    examples: int
+    batch_size: int
+    steps: int
+    student_parameters: int
+    trained_parameters: int
+    teacher_parameters: int | None
+    projector_parameters: int
+    checkpoint_bytes: int
+    terms: list[TermShapes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self)
+
+
+def steps_of(examples: int, plan: Plan) -> int:
+    """Optimiser steps of the whole stage; the last window of an epoch may be short."""
+    batches = math.ceil(examples / plan.batch_size)
+    return plan.epochs * math.ceil(batches / plan.accumulate)
+
+
+def check_pair(student: nn.Module, teacher: Any) -> None:
+    """Refuse a student and a teacher that share trainable storage: one would move the other."""
+    model = getattr(teacher, "model", None)
+    if not isinstance(model, nn.Module):
+        return
+    theirs = {p.data_ptr() for p in model.parameters() if p.numel()}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() in theirs:
+            raise PreflightError(
+                f"the student's '{name}' is the teacher's own tensor, so training one would "
+                "change the other; give the student a copy: copy.deepcopy(teacher_model)"
+            )
+
+
+def check_labels(task: Task, batch: dict[str, Tensor], objective: Objective) -> None:
+    """Refuse labels that are wanted but absent."""
+    if "labels" in batch:
+        return
+    wanting = [term.name for term in objective.bound if "labels" in term.needs]
+    if objective.label_weight > 0:
+        raise PreflightError(
+            f"the data have no labels but label_weight is {objective.label_weight}; set "
+            "label_weight: 0 to learn from the teacher alone"
+        )
+    if wanting:
+        raise PreflightError(f"the data have no labels but the loss '{wanting[0]}' needs them")
+
+
+def dry_pass(
+    objective: Objective, batch: dict[str, Tensor], told: dict[str, Tensor]
+) -> list[TermShapes]:
+    """One batch in eval mode: every term must have a value, a gradient and shapes that agree."""
+    with eval_mode(objective):
+        heard = objective.signals(batch)
+        return [_dry_term(objective, term, heard, told, batch) for term in objective.bound]
+
+
+def _dry_term(
+    objective: Objective,
+    term: BoundTerm,
+    heard: dict[str, Tensor],
+    told: dict[str, Tensor],
+    batch: dict[str, Tensor],
+) -> TermShapes:
+    student = heard[term.student]
+    target = None if term.teacher is None else (heard if term.own else told)[term.target]
+    try:
+        value = term.value(heard, told, batch, objective.task.mask(batch), 0.0)
+    except AttarError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise PreflightError(
+            f"the term '{term.name}' cannot compare the student's {term.student} "
+            f"{_shape(student)} with the teacher's {term.teacher} {_shape(target)}: "
+            f"{_first_line(error)}"
+        ) from error
+    _check_value(objective, term, value, batch)
+    return TermShapes(
+        name=term.name,
+        student=term.student,
+        student_shape=list(student.shape),
+        teacher=term.teacher,
+        teacher_shape=None if target is None else list(target.shape),
+        projector=None if term.projector is None else _describe(term.projector),
+        value=float(value.detach().mean()),
+    )
+
+
+def _check_value(
+    objective: Objective, term: BoundTerm, value: Tensor, batch: dict[str, Tensor]
+) -> None:
+    counts = Counts.of(objective.task, [batch])
+    expected = counts.examples if "mask" in term.needs else counts.positions
+    if value.ndim and list(value.shape) != [expected]:
+        raise PreflightError(
+            f"the loss '{term.name}' returned shape {list(value.shape)}; it must return one "
+            f"value a row [{expected}], or a scalar"
+        )
+    if not value.requires_grad:
+        raise PreflightError(
+            f"the term '{term.name}' carries no gradient to the student: its signal "
+            f"{term.student} is detached, or every parameter before it is frozen"
+        )
+
+
+def plan_stage(
+    objective: Objective, teacher: Any, data: Any, plan: Plan, terms: list[TermShapes]
+) -> StagePlan:
+    """Put the numbers of a stage together."""
+    student = objective.student
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    projectors = sum(p.numel() for p in objective.adapters.parameters())
+    model = getattr(teacher, "model", None)
+    return StagePlan(
+        examples=len(data),
+        batch_size=plan.batch_size,
+        steps=steps_of(len(data), plan),
+        student_parameters=sum(p.numel() for p in student.parameters()),
+        trained_parameters=trained,
+        teacher_parameters=sum(p.numel() for p in model.parameters()) if model else None,
+        projector_parameters=projectors,
+        checkpoint_bytes=STATE_COPIES
+        * sum(t.numel() * t.element_size() for t in objective.state_dict().values()),
+        terms=terms,
+    )
+
+
+def _describe(projector: nn.Module) -> str:
+    parameters = sum(p.numel() for p in projector.parameters())
+    return f"{str(projector).splitlines()[0]}, {parameters:,} parameters"
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "" if tensor is None else str(list(tensor.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
