@@ -10,9 +10,10 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,7 @@ def mlp(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
@@ -95,6 +96,11 @@ def hand(problem: Problem, gate: Gate) -> nn.Module:
     return _by_hand(problem, gate(problem.batches()))
 
 
+def hand_bare(problem: Problem, gate: Gate) -> nn.Module:
+    """The reference without its guard: the floor."""
+    return _by_hand(problem, gate(problem.batches()), guarded=False)
+
+
 def hand_slicing(problem: Problem, gate: Gate) -> nn.Module:
     """The same with data by hand: a permutation an epoch, an indexing a batch."""
     inputs, labels = problem.data
@@ -107,7 +113,9 @@ def hand_slicing(problem: Problem, gate: Gate) -> nn.Module:
     return _by_hand(problem, gate(batches))
 
 
-def _by_hand(problem: Problem, batches: Iterator[tuple[Tensor, Tensor]]) -> nn.Module:
+def _by_hand(
+    problem: Problem, batches: Iterator[tuple[Tensor, Tensor]], *, guarded: bool = True
+) -> nn.Module:
     student, teacher = problem.models()
     parameters = list(student.parameters())
     optimizer = sgd(student)
@@ -117,9 +125,10 @@ def _by_hand(problem: Problem, batches: Iterator[tuple[Tensor, Tensor]]) -> nn.M
             told = teacher(inputs)
         loss = kd_loss(student(inputs), told, labels)
         loss.backward()
-        norm = get_total_norm([p.grad for p in parameters])
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            raise FloatingPointError("the loss or a gradient is not finite")
+        if guarded:
+            norm = get_total_norm([p.grad for p in parameters])
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                raise FloatingPointError("the loss or a gradient is not finite")
         optimizer.step()
         optimizer.zero_grad()
     return student
@@ -228,7 +237,7 @@ def as_dict(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def torchdistill_loop(*, bare: bool) -> Loop:
     """Its DistillationBox with the meters and the guard of its examples; *bare*, the box alone."""
-    with _Torchvision():
+    with _torchvision():
         from torchdistill.core.distillation import DistillationBox
         from torchdistill.misc.log import MetricLogger
 
@@ -267,30 +276,32 @@ def torchdistill_loop(*, bare: bool) -> Loop:
 _END = (("path", "."), ("io", "output"))
 
 
-class _Torchvision:
-    """Stands in for torchvision while torchdistill is imported.
+# What torchdistill imports of torchvision for its model zoo, which is not used here.
+_ZOO: dict[str, dict[str, Any]] = {
+    "torchvision": {},
+    "torchvision.models": {"detection": ModuleType("none"), "segmentation": ModuleType("none")},
+    "torchvision.models.densenet": {"_DenseBlock": object, "_Transition": object},
+    "torchvision.models.resnet": {"BasicBlock": object, "conv1x1": None},
+    "torchvision.datasets": {},
+}
 
-    torchdistill names it for its model zoo, which is not used here, and the published wheels of
-    torchvision need a CUDA build of torch. The names are gone again afterwards, so that the other
-    frameworks, which look for torchvision, rightly find none.
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Names that stand in for torchvision, whose wheels need a CUDA build of torch.
+
+    They are gone again afterwards, so that the other frameworks, which look for torchvision,
+    rightly find none.
     """
-
-    names = {
-        "torchvision": {},
-        "torchvision.models": {"detection": ModuleType("none"), "segmentation": ModuleType("none")},
-        "torchvision.models.densenet": {"_DenseBlock": object, "_Transition": object},
-        "torchvision.models.resnet": {"BasicBlock": object, "conv1x1": None},
-        "torchvision.datasets": {},
-    }
-
-    def __enter__(self) -> None:
-        for name, content in self.names.items():
-            module = sys.modules[name] = ModuleType(name)
-            module.__dict__.update(content)
-        sys.modules["torchvision"].models = sys.modules["torchvision.models"]
-
-    def __exit__(self, *error: object) -> None:
-        for name in self.names:
+    modules = {name: ModuleType(name) for name in _ZOO}
+    for name, content in _ZOO.items():
+        modules[name].__dict__.update(content)
+    modules["torchvision"].__dict__["models"] = modules["torchvision.models"]
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
             del sys.modules[name]
 
 
@@ -404,8 +415,8 @@ def _loader(problem: Problem, gate: Gate) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(samples, batch_size=problem.batch, shuffle=True)
 
 
-# The contestants, by the name of their row: those that are handed ready batches, and those that
-# make their own. A peer is a function that imports it.
+# The peers by the name of their row, each a function that imports the framework: first those that
+# can be handed ready batches, then those that are left their usual data loaders.
 READY_DATA: dict[str, Callable[[], Loop]] = {
     "torchdistill": partial(torchdistill_loop, bare=False),
     "torchdistill, bare": partial(torchdistill_loop, bare=True),

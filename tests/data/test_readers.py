@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
-from attar.data import digits, fashion_mnist
+from attar.data import Splits, csv, digits, fashion_mnist, tensors
 from attar.runtime import DataError
 
 REAL = Path("/usr/share/datasets/fashion-mnist")
@@ -140,6 +141,11 @@ def test_the_real_fashion_mnist() -> None:
     assert mean[0] == pytest.approx(0.2860, abs=3e-3)
     assert std[0] == pytest.approx(0.3530, abs=3e-3)
     assert not _contents(train) & _contents(test)
+
+
+@pytest.mark.parametrize("reader", [csv, digits, fashion_mnist, tensors])
+def test_a_recipe_can_read_the_signature(reader) -> None:
+    assert get_type_hints(reader, include_extras=True)["return"] is Splits
 
 
 def test_digits() -> None:

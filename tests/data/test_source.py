@@ -355,6 +355,12 @@ def test_fingerprint_of_a_large_source_reads_1024_rows_over_its_whole_length() -
     assert TensorSource(inputs).fingerprint() != before
 
 
+def test_fingerprint_sees_a_row_more_beside_the_sample() -> None:
+    # 2,047 and 2,048 rows have the same 1,024 on the stride of 2.
+    marks = {TensorSource(torch.zeros(rows, 1)).fingerprint() for rows in (2_047, 2_048)}
+    assert len(marks) == 2
+
+
 # Subsets
 
 
@@ -367,6 +373,14 @@ def test_a_subset_renumbers_its_rows() -> None:
     assert torch.equal(part.labels, source.labels[[7, 3, 11]])
     assert (len(part), part.shape, part.classes) == (3, source.shape, source.classes)
     assert torch.equal(_by_id(part.epoch(0, batch_size=2, seed=0))["labels"], part.labels)
+
+
+def test_a_subset_keeps_its_rows_when_the_ids_change() -> None:
+    ids = torch.tensor([7, 3])
+    part = Subset(_images(), ids)
+    before = part.fingerprint()
+    ids.fill_(0)
+    assert part.fingerprint() == before
 
 
 def test_a_subset_mixes_only_with_its_own_rows() -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from attar.evaluation import Resampled, bootstrap, mcnemar, over_seeds
 from attar.evaluation.intervals import bootstrap_p, percentile, resample
 from attar.runtime import DataError
-from attar.tasks import Regression
+from attar.tasks import Regression, TabularClassification
 
 
 def rows_of(right: np.ndarray) -> dict[str, torch.Tensor]:
@@ -45,13 +45,11 @@ def test_shares_drawn_by_pattern_have_the_moments_of_a_bootstrap() -> None:
     draw = np.random.default_rng(0)
     right = draw.random((300, 3)) < [0.9, 0.7, 0.8]
     right[:, 2] = right[:, 0] & right[:, 1]
-    from attar.tasks import TabularClassification
-
     task = TabularClassification(classes=2)
     found = resample(task, [rows_of(r) for r in right.T], resamples=20_000, seed=1)
     np.testing.assert_allclose(found.mean(0), right.mean(0), atol=1e-3)
     expected = np.cov(right.T.astype(float), ddof=0) / 300
-    np.testing.assert_allclose(np.cov(found.T), expected, rtol=0.06, atol=2e-6)
+    np.testing.assert_allclose(np.cov(found.T), expected, rtol=0.05, atol=1.2e-5)
 
 
 def test_any_metric_is_computed_anew_on_the_same_resample(house: Any) -> None:
@@ -98,12 +96,12 @@ def test_the_seeds_formula_by_hand() -> None:
     draws = np.array([[0.0, 0.1, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.1], [0.1, 0.0, 0.0]])
     found = over_seeds(values, draws, examples=50)
     by_seed, by_example = 0.0009 / 3, draws.mean(1).var(ddof=1)
-    total = by_seed + by_example
-    freedom = total**2 / (by_seed**2 / 2 + by_example**2 / 49)
-    reach = stats.t.ppf(0.975, freedom) * total**0.5
+    t_seed, t_example = stats.t.ppf(0.975, 2), stats.t.ppf(0.975, 49)
+    reach = (t_seed**2 * by_seed + t_example**2 * by_example) ** 0.5
     assert found.value == pytest.approx(0.05)
     assert (found.low, found.high) == (pytest.approx(0.05 - reach), pytest.approx(0.05 + reach))
-    assert found.p == pytest.approx(2 * stats.t.sf(0.05 / total**0.5, freedom))
+    t_seed, t_example = stats.t.isf(found.p / 2, 2), stats.t.isf(found.p / 2, 49)
+    assert t_seed**2 * by_seed + t_example**2 * by_example == pytest.approx(0.05**2)
 
 
 def test_the_seeds_formula_without_any_variance() -> None:
@@ -126,7 +124,7 @@ def _difference(house: Any, draw: np.random.Generator, seeds: int, gain: float) 
     return Resampled(house.task, models, resamples=200).difference("new", "old")
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_seeds_rarely_find_a_difference_where_there_is_none(house: Any, seeds: int) -> None:
     draw = np.random.default_rng(seeds)
     found = [_difference(house, draw, seeds, 0.0) for _ in range(400)]
@@ -137,7 +135,7 @@ def test_seeds_rarely_find_a_difference_where_there_is_none(house: Any, seeds: i
 
 def test_seeds_find_a_real_difference(house: Any) -> None:
     draw = np.random.default_rng(11)
-    found = [_difference(house, draw, 5, 0.9) for _ in range(100)]
+    found = [_difference(house, draw, 5, 1.0) for _ in range(100)]
     assert np.mean([each.p < 0.05 and each.value > 0 for each in found]) > 0.8
 
 

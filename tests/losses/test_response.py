@@ -178,6 +178,11 @@ class TestCrossEntropy:
         with pytest.raises(ValueError, match=rf"\[0, 5\), got {wrong}\."):
             cross_entropy(logits(2, 5), torch.tensor([0, wrong]))
 
+    def test_no_label_is_passed_over_where_values_cannot_be_asked(self) -> None:
+        compiled = torch.compile(cross_entropy, backend="eager", fullgraph=True)
+        with pytest.raises(IndexError, match="-100 is out of bounds"):
+            compiled(logits(2, 5), torch.tensor([0, -100]))
+
     def test_no_rows_no_values(self) -> None:
         assert cross_entropy(logits(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
@@ -255,6 +260,25 @@ class TestDecoupledKL:
         loss.backward()
         assert single.grad is not None
         assert single.grad.isfinite().all()
+
+    def test_non_target_part_is_kl_divergence_without_the_label_whatever_its_logit(self) -> None:
+        student, teacher = logits(4, 6), logits(4, 6, seed=1)
+        student[:, 0], teacher[:, 0] = -1e4, 1e4
+        torch.testing.assert_close(
+            decoupled_kl(student, teacher, torch.zeros(4, dtype=torch.int64), alpha=0, beta=1),
+            kl_divergence(student[:, 1:], teacher[:, 1:]),
+        )
+        torch.testing.assert_close(
+            decoupled_kl(-student, student, torch.zeros(4, dtype=torch.int64), alpha=0, beta=1),
+            kl_divergence(-student[:, 1:], student[:, 1:]),
+        )
+
+    def test_adding_a_constant_to_a_row_changes_nothing(self) -> None:
+        student, teacher = self.pair()
+        torch.testing.assert_close(
+            decoupled_kl(student - 1e4, teacher + 1e4, self.LABELS),
+            decoupled_kl(student, teacher, self.LABELS),
+        )
 
     def test_mixed_labels_count_as_their_arg_max(self) -> None:
         student, teacher = self.pair()

@@ -162,11 +162,14 @@ def test_stage_sizes_of_an_8x8_image():
         assert seen == sizes
 
 
-def test_residual_block_starts_as_its_shortcut():
-    block = models.resnet((1, 8, 8), 2, width=4).stage1[0].eval()
+def test_residual_block_adds_its_shortcut():
+    module = models.resnet((1, 8, 8), 2, width=4)
+    block = module.stage1[0].eval()
     inputs = torch.rand(2, 4, 8, 8)
-    assert torch.equal(block(inputs), inputs)
-    assert not torch.equal(perturbed(block)(inputs), inputs)
+    assert torch.equal(block(inputs), (block.conv2(block.conv1(inputs)) + inputs).relu())
+    assert not torch.equal(block(inputs), inputs)
+    assert isinstance(block.shortcut, nn.Identity)
+    assert module.stage2[0].shortcut(inputs).shape == (2, 8, 4, 4)
 
 
 def test_mobile_block_adds_its_input_where_the_shape_stays():
@@ -198,6 +201,22 @@ def test_attention_is_softmax_of_scaled_products():
         heads.append(scores.softmax(-1) @ value[..., part])
     expected = attention.project(torch.cat(heads, dim=-1))
     torch.testing.assert_close(attention(tokens), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_vit_block_adds_both_branches_to_its_input():
+    block = models.vit((1, 8, 8), 2, width=8, heads=2).blocks[0]
+    tokens = torch.randn(2, 5, 8)
+    middle = tokens + block.attention(block.norm1(tokens))
+    assert torch.equal(block(tokens), middle + block.mlp(block.norm2(middle)))
+
+
+def test_vit_head_reads_the_class_token():
+    module = models.vit((1, 8, 8), 2, width=8, heads=2)
+    with torch.no_grad():
+        module.stem.token.add_(3)
+    tokens = module.stem(torch.rand(2, 1, 8, 8))
+    expected = module.stem.token[:, 0] + module.stem.positions[:, 0]
+    assert torch.equal(module.pool(tokens), expected.expand(2, -1))
 
 
 def test_vit_sees_positions_and_every_pixel_of_a_padded_image():

@@ -215,6 +215,7 @@ def test_special_values_and_odd_layouts_keep_their_bits(tmp_path):
     models.load(tmp_path, into=other)
     assert bits(other) == bits(module)
     assert not other.frozen.requires_grad
+    assert other.empty is not other.also_empty
 
 
 def test_views_of_one_memory(tmp_path):
@@ -222,9 +223,15 @@ def test_views_of_one_memory(tmp_path):
     apart, across = nn.Module(), nn.Module()
     apart.a, apart.b = nn.Parameter(flat[:5]), nn.Parameter(flat[5:])
     models.save(apart, tmp_path)
-    across.a, across.b = nn.Parameter(flat[:6]), nn.Parameter(flat[5:])
-    with pytest.raises(UsageError, match="'a' and 'b' share memory without being the same"):
-        models.save(across, tmp_path)
+    for one, other in ((flat[:6], flat[5:]), (flat[:6], flat[:5]), (flat, flat.view(2, 5))):
+        across.a, across.b = nn.Parameter(one), nn.Parameter(other)
+        with pytest.raises(UsageError, match=r"'[ab]' and '[ab]' share memory without being the"):
+            models.save(across, tmp_path)
+    mixed = nn.Module()
+    mixed.a = nn.Parameter(flat)
+    mixed.register_buffer("b", flat)
+    with pytest.raises(UsageError, match="share memory without being the"):
+        models.save(mixed, tmp_path)
 
 
 def test_a_compiled_module_is_saved_as_itself(tmp_path):
@@ -536,9 +543,12 @@ def test_load_weights_widens_but_does_not_narrow(tmp_path):
     models.load_weights(module, path)
     assert module.weight.dtype == torch.float32
     assert torch.equal(module.weight, module.weight.half().float())
-    for narrow in (torch.bfloat16, torch.float8_e4m3fn):
-        with pytest.raises(DataError, match="cannot hold exactly"):
-            models.load_weights(nn.Linear(3, 2).to(narrow), path)
+    fine_but_short, wide_but_coarse = torch.float16, torch.bfloat16
+    cases = [(fine_but_short, torch.float8_e4m3fn), (fine_but_short, wide_but_coarse)]
+    for held, own in [*cases, (wide_but_coarse, fine_but_short), (torch.float32, torch.float16)]:
+        save_file({name: t.to(held) for name, t in module.state_dict().items()}, path)
+        with pytest.raises(DataError, match="cannot hold"):
+            models.load_weights(nn.Linear(3, 2).to(own), path)
 
 
 def test_load_weights_paths(tmp_path):

@@ -129,7 +129,9 @@ def test_the_teacher_is_not_changed(blobs: attar.data.Splits) -> None:
 
     teacher, fresh = make(), make()
     attar.distill(make(), teacher, blobs.train, task_of(blobs), [SOFT], epochs=1)
-    for mine, expected in zip(teacher.state_dict().values(), fresh.state_dict().values()):
+    for mine, expected in zip(
+        teacher.state_dict().values(), fresh.state_dict().values(), strict=True
+    ):
         assert torch.equal(mine, expected)
     assert teacher.training
     assert all(p.grad is None for p in teacher.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,10 +59,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(cuts: list[int]) -> None:
     student, asked, goal = nn.Linear(2, 3), batch(40), torch.randn(40, 3)
     objective = Objective(student, TASK, [SOFT, Term(mse, weight=0.3)], label_weight=0.1)
     edges = [0, *sorted(cuts), 40]
-    pieces = [
-        (part(asked, a, b), {"output:logits": goal[a:b]})
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    pieces = [(part(asked, a, b), {"output:logits": goal[a:b]}) for a, b in pairwise(edges)]
     whole = gradients(objective, [(asked, {"output:logits": goal})], Counts(40, 40))
     split = gradients(objective, pieces, Counts.of(TASK, [p for p, _ in pieces]))
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-7)

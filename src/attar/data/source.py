@@ -119,21 +119,17 @@ class Source(ABC):
             square = square + values.square().sum(1)
             count += values.shape[1]
         assert shift is not None, "no source is empty"
-        variance = (square / count - (total / count).square()).clamp_min(0)
+        variance = square / count - (total / count).square()
         deviation = torch.where(variance > 0, variance.sqrt(), 1.0)
         return (shift[:, 0] + total / count).tolist(), deviation.tolist()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the length, the class names, the shape and at most 1,024 rows.
+        """SHA-256 of the length, the class names, the forms and at most 1,024 rows.
 
         The rows stand at a fixed stride, so a change between them is not seen. Two sources with
         the same content have the same fingerprint, whatever they are called and kept in.
         """
-        facts: dict[str, object] = {
-            "length": len(self),
-            "classes": self.classes,
-            "shape": list(self.shape),
-        }
+        facts: dict[str, object] = {"length": len(self), "classes": self.classes}
         digest = hashlib.sha256()
         for ids in self._sample(_FINGERPRINT_ROWS).split(_CHUNK):
             batch = self.rows(ids)

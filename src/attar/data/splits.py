@@ -92,7 +92,7 @@ def consistent(train: Source, test: Source) -> Splits:
 
 def _quotas(sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
     exact = sizes * fraction
-    quota = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
+    quota = np.floor(exact).astype(np.int64)
     missing = int(np.floor(sizes.sum() * fraction + 0.5) - quota.sum())
     remainder = np.where(quota < sizes - 1, exact - quota, -1.0)
     first = np.argsort(-remainder, kind="stable")[: max(missing, 0)]

@@ -5,7 +5,8 @@ Everything here is paired: models are always compared on the same resample of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 ALPHA = 0.05
 RESAMPLES = 1000
+SMALLEST_P = 1e-12  # below this a p value says nothing more
 
 
 @dataclass(frozen=True)
@@ -133,33 +135,50 @@ def bootstrap_p(draws: Array) -> float:
 def over_seeds(values: Array, draws: Array, examples: int) -> Difference:
     """The mean over seeds with an interval for new seeds *and* new examples.
 
-    ``V = V_seeds + V_examples`` with ``V_seeds = var(values, ddof=1) / S`` and ``V_examples`` the
-    bootstrap variance, over examples, of the mean over seeds. The interval is
-    ``mean +- t sqrt(V)`` with Student's t of Welch-Satterthwaite's degrees of freedom
-    ``V^2 / (V_seeds^2 / (S - 1) + V_examples^2 / (n - 1))``, p is two-sided from the same t.
+    With ``V_seeds = var(values, ddof=1) / S`` and ``V_examples`` the bootstrap variance, over
+    examples, of the mean over seeds, the interval is Banerjee's (Sankhya, 1960) for a sum of two
+    means: ``mean +- sqrt(t_(S-1)^2 V_seeds + t_(n-1)^2 V_examples)``; p is the level at which its
+    end meets 0.
 
-    It answers "would a new training run, tested on new examples, say the same?". It is slightly
-    conservative: seeds also differ in which examples they get wrong by chance, so the variance
-    between seeds already holds some of the noise of the examples.
+    It answers "would a new training run, tested on new examples, say the same?". It keeps its
+    promise with few seeds: in simulations without any difference p < 0.05 came in at most 4.3 %
+    of cases with 2, 3 and 5 seeds, where Welch-Satterthwaite's degrees of freedom gave up to 13 %
+    with 2. The price is power: 3 seeds see only large differences, 5 see most.
 
     Args:
         values: the number (a metric, a paired difference, a ratio) of each seed, [S], S >= 2.
         draws: the same on each resample of the examples, [resamples, S].
         examples: n.
     """
-    from scipy.special import stdtr, stdtrit
-
     point, seeds = float(values.mean()), len(values)
     by_seed = float(values.var(ddof=1)) / seeds
     by_example = float(draws.mean(axis=1).var(ddof=1))
-    total = by_seed + by_example
-    if total == 0.0:
+    if by_seed + by_example == 0.0:
         # All examples and seeds say the same: what is left is the sign test over the examples.
         return Difference(point, point, point, 1.0 if point == 0 else 2.0 ** (1 - examples), "sign")
-    freedom = total**2 / (by_seed**2 / (seeds - 1) + by_example**2 / (examples - 1))
-    reach = float(stdtrit(freedom, 1 - ALPHA / 2)) * total**0.5
-    p = 2 * float(stdtr(freedom, -abs(point) / total**0.5))
-    return Difference(point, point - reach, point + reach, p, "student")
+
+    def reach(alpha: float) -> float:
+        t_seeds, t_examples = _student(seeds - 1, alpha), _student(examples - 1, alpha)
+        return float((t_seeds**2 * by_seed + t_examples**2 * by_example) ** 0.5)
+
+    width = reach(ALPHA)
+    return Difference(point, point - width, point + width, _level(reach, abs(point)), "banerjee")
+
+
+def _student(freedom: int, alpha: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1 - alpha / 2))
+
+
+def _level(reach: Callable[[float], float], distance: float) -> float:
+    """The alpha whose interval just reaches *distance*; ``reach`` falls from inf to 0."""
+    from scipy.optimize import brentq
+
+    if reach(SMALLEST_P) <= distance:
+        return SMALLEST_P
+    root = brentq(lambda log_alpha: reach(math.exp(log_alpha)) - distance, math.log(SMALLEST_P), 0)
+    return math.exp(root)
 
 
 class Resampled:

@@ -100,7 +100,7 @@ def _with_article(metric: str) -> str:
 def _chance(verdict: Verdict) -> str:
     return {
         "better": "The gain is larger than chance alone would explain.",
-        "no difference": "The two are so close that chance alone could explain the difference.",
+        "no difference": "Chance alone could explain the difference between the two.",
         "worse": "The loss is larger than chance alone would explain.",
     }.get(verdict.outcome, "")
 
@@ -125,7 +125,9 @@ def highlights(verdict: Verdict) -> list[dict[str, str]]:
     if verdict.difference is not None:
         gain = signed(verdict.metric, verdict.difference.value, verdict.examples)
         who = "the baseline" if verdict.against == "baseline" else "the untaught student"
-        found.append({"value": gain, "label": f"{title(verdict.metric)} against {who}"})
+        chance = ", could be chance" if verdict.outcome == "no difference" else ""
+        label = f"{title(verdict.metric)} against {who}{chance}"
+        found.append({"value": gain, "label": label})
     if student.retention is not None:
         kept = show("retention", student.retention.value, digits=digits_for(verdict.examples))
         what = title(verdict.metric) if verdict.higher_is_better else "quality"
@@ -141,7 +143,7 @@ def highlights(verdict: Verdict) -> list[dict[str, str]]:
 TESTS = {
     "mcnemar": "exact McNemar test, two-sided",
     "bootstrap": "paired bootstrap, two-sided",
-    "student": "Student's t over seeds and examples, two-sided",
+    "banerjee": "Banerjee's test over seeds and examples, two-sided",
     "sign": "sign test over examples",
 }
 
@@ -178,14 +180,14 @@ def _interval_method(seeds: int, examples: str, resamples: int) -> str:
     if seeds == 1:
         return f"Intervals: 95 %, percentile bootstrap over {examples}, {resamples:,} resamples."
     return (
-        f"Intervals: 95 % for new training runs and new examples, Student's t over {seeds} seeds "
-        f"and {examples} (Welch-Satterthwaite, {resamples:,} resamples), slightly wide on purpose."
+        f"Intervals: 95 % for new training runs and new examples, over {seeds} seeds and "
+        f"{examples} (Banerjee 1960, {resamples:,} resamples)."
     )
 
 
 def notes(verdict: Verdict) -> list[str]:
     """What a reader must know before believing the verdict."""
-    lines = [*_doubts_of_models(verdict), _last_epoch(verdict), _one_seed(verdict)]
+    lines = [*_doubts_of_models(verdict), _last_epoch(verdict), _few_seeds(verdict)]
     return [line for line in lines if line]
 
 
@@ -199,9 +201,14 @@ def _last_epoch(verdict: Verdict) -> str:
     )
 
 
-def _one_seed(verdict: Verdict) -> str:
-    if verdict.seeds > 1:
+def _few_seeds(verdict: Verdict) -> str:
+    if verdict.seeds > 2:
         return ""
+    if verdict.seeds == 2:
+        return (
+            "Two training runs tell little of the luck of a run, so the intervals are wide. Train "
+            "with 3 or more seeds."
+        )
     return (
         "One training run: the intervals cover new test examples, not the luck of a run. "
         "Train with 3 or more seeds to cover both."

@@ -37,8 +37,6 @@ class BasicBlock(nn.Module):
         if stride != 1 or inputs != outputs:
             self.shortcut = convolution(inputs, outputs, kernel=1, stride=stride)
         self.activation = nn.ReLU()
-        # The block starts as its shortcut (arXiv:1706.02677, section 5.1).
-        nn.init.zeros_(self.conv2.get_parameter("norm.weight"))
 
     def forward(self, inputs: Tensor) -> Tensor:
         # Never in place here: a tap may hold the shortcut's or the convolution's output.
@@ -84,7 +82,8 @@ def resnet(
 
     A 3x3 stem and three stages of (depth - 2) / 6 basic blocks with *width*, 2 x *width* and
     4 x *width* channels; the second and third stage halve height and width. Shortcuts that
-    change shape are 1x1 convolutions; the last scale of each block starts at zero.
+    change shape are 1x1 convolutions. No scale starts at zero: these nets are shallow and their
+    schedules short, and starting each block as its shortcut was seen to slow them.
 
     Args:
         shape: [C, H, W] of one image.

@@ -269,7 +269,7 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     if wide == narrow or not (wide.is_floating_point and narrow.is_floating_point):
         return wide == narrow
     own, other = torch.finfo(wide), torch.finfo(narrow)
-    return own.eps <= other.eps and own.max >= other.max and own.tiny <= other.tiny
+    return own.eps <= other.eps and own.max >= other.max
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -90,13 +90,7 @@ def set_value(document: Document, override: str) -> None:
         raise PreflightError(f"{where}: write PATH=VALUE, such as stages.0.epochs=5")
     path: Path_ = tuple(int(p) if p.isdigit() else p for p in path_text.strip().split("."))
     changed = parse(value_text or "null", where)
-    holder = document.value
-    for index, step in enumerate(path[:-1]):
-        try:
-            holder = holder[step]
-        except (KeyError, IndexError, TypeError):
-            reached = ".".join(map(str, path[: index + 1]))
-            raise PreflightError(f"{where}: the recipe has no '{reached}'") from None
+    holder = _holder(document.value, path, where)
     fits = isinstance(holder, dict) or (
         isinstance(holder, list) and isinstance(path[-1], int) and path[-1] < len(holder)
     )
@@ -107,6 +101,19 @@ def set_value(document: Document, override: str) -> None:
         for old in [p for p in table if p[: len(path)] == path]:
             del table[old]
     document.places[path] = document.keys[path] = where
+
+
+def _holder(value: Any, path: Path_, where: str) -> Any:
+    """The table or list around *path*; a bare name on the way becomes a table with that name."""
+    for index, step in enumerate(path[:-1]):
+        try:
+            if isinstance(value[step], str):
+                value[step] = {"name": value[step]}
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            reached = ".".join(map(str, path[: index + 1]))
+            raise PreflightError(f"{where}: the recipe has no '{reached}'") from None
+    return value
 
 
 def _yaml() -> YAML:

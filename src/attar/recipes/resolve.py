@@ -254,6 +254,12 @@ def _spelt(value: Any) -> tuple[bool, Any]:
     if isinstance(value, tuple | list):
         items = [_spelt(item) for item in value]
         return all(known for known, _ in items), [spelt for _, spelt in items]
-    if isinstance(value, partial):
-        return True, {"name": value.func.__name__, **value.keywords}
-    return (True, value.__name__) if inspect.isfunction(value) else (False, None)
+    function = value.func if isinstance(value, partial) else value
+    if not inspect.isfunction(function):
+        return False, None
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(value).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    return True, {"name": function.__name__} | {k: _spelt(v)[1] for k, v in options.items()}

@@ -25,7 +25,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     if rough <= 0 or not math.isfinite(rough):
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * f for f in (1, 2, 5, 10) if power * f >= rough * 0.8)
+    step = next(power * f for f in (1, 2, 5, 10) if power * f >= rough * 0.7)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{index * step:.6g}") for index in range(first, last + 1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -55,26 +56,31 @@ def _read(path: Path) -> Any:
 
 
 def _render(folder: Path, verdict: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("attar.reporting").joinpath("report.html").read_text(encoding="utf-8")
-    )
     points = figures.by_arm(_validations(folder / "metrics.jsonl"), verdict["metric"])
     try:
-        return template.render(
+        return _template().render(
             name=redacted(folder.resolve().name),
             verdict=verdict,
             environment=verdict.get("environment") or {},
             dots=figures.dots(verdict),
-            curves=figures.curves(points, verdict["percent"]),
+            curves=redacted(figures.curves(points, verdict["percent"])),
             recipe=_recipe(folder / "recipe.json"),
         )
     except UndefinedError as error:
         raise KeyError(str(error)) from None
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("attar.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(source)
 
 
 def _validations(path: Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +96,7 @@ def _validations(path: Path) -> Iterator[dict[str, Any]]:
                     return
                 raise DataError(f"{path}:{number}: is not a JSON record") from None
             if isinstance(record, dict) and record.get("split") == "validation":
-                yield redacted(record)
+                yield record
 
 
 def _recipe(path: Path) -> str | None:

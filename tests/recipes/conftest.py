@@ -1,0 +1,39 @@
+"""A recipe that runs in a second, and a way to change one thing in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+task: image-classification
+data: digits
+teacher:
+  model: {name: mlp, widths: [64]}
+  train: {epochs: 4, batch_size: 32}
+student: {name: mlp, widths: [8]}
+stages:
+  - do: distill
+    epochs: 2
+    batch_size: 64
+    terms:
+      - {loss: {name: kl_divergence, temperature: 4.0}, weight: 0.9}
+    label_weight: 0.1
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """``write(old, new, ...)`` writes the recipe with each *old* replaced; returns its path."""
+
+    def written(*changes: str, text: str = RECIPE) -> Path:
+        for old, new in zip(changes[::2], changes[1::2], strict=True):
+            assert old in text
+            text = text.replace(old, new, 1)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return written
