@@ -221,14 +221,14 @@ def test_a_run_is_never_written_over(write: Callable[..., Path], tmp_path: Path)
 def test_wrong_data_are_refused_before_training(
     blobs: attar.data.Splits, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="task has 3 classes but .* has 10"):
+    with pytest.raises(DataError, match=r"task has 3 classes but .* has 10"):
         check(write("task: image-classification", "task: {name: image-classification, classes: 3}"))
     with pytest.raises(DataError, match="empty"):
         attar.data.tensors(
             torch.zeros(0, 2), torch.zeros(0).long(), torch.zeros(1, 2), torch.zeros(1).long()
         )
     other = attar.data.TensorSource(torch.zeros(4, 2), torch.zeros(4).long(), classes=("x", "y"))
-    with pytest.raises(DataError, match="task has 3 classes but .* has 2"):
+    with pytest.raises(DataError, match=r"task has 3 classes but .* has 2"):
         run(small(attar.data.Splits(blobs.train, other)), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

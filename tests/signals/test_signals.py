@@ -74,8 +74,9 @@ def test_a_tap_hears_nothing_outside_its_own_call(net: partial[nn.Module]) -> No
 
 def test_no_hook_is_left(net: partial[nn.Module]) -> None:
     model = net()
-    with pytest.raises(RuntimeError), Tap(model, ["feature:body", "input:head"]) as tap:
-        assert hooks_of(model) == 2
+    tap = Tap(model, ["feature:body", "input:head"]).open()
+    assert hooks_of(model) == 2
+    with pytest.raises(RuntimeError), tap:
         tap(model, torch.ones(4, 5))
     assert hooks_of(model) == 0
 

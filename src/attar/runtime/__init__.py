@@ -1,5 +1,6 @@
 """Devices, files and errors: what every other room stands on."""
 
+from attar.runtime.closing import Closing
 from attar.runtime.device import autocast, resolve_device, resolve_precision, to_device
 from attar.runtime.errors import (
     EXIT_GOAL_MISSED,
@@ -26,6 +27,7 @@ __all__ = [
     "EXIT_IO",
     "AttarError",
     "Bar",
+    "Closing",
     "DataError",
     "DivergedError",
     "PreflightError",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
+
+from attar.runtime.closing import Closing
 
 REDRAW_SECONDS = 0.1
 
 
-class Bar:
+class Bar(Closing):
     """One bar: ``watch`` after each step, ``note`` when a metric is known.
 
     Nothing is drawn where standard error is not a terminal, so logs stay clean.
@@ -55,11 +56,8 @@ class Bar:
         """Show the newest value of a metric beside the loss."""
         self._metric = f"  {metric} {value:.4g}"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop drawing."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
+from attar.runtime.closing import Closing
 from attar.runtime.errors import RunExistsError
 from attar.runtime.files import finite, write_json
 
 
-class Run:
+class Run(Closing):
     """A folder that one run writes and others read; never written over.
 
     Args:
@@ -45,17 +45,6 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_free(folder: str | Path) -> None:

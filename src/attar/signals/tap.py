@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attar.runtime import PreflightError
+from attar.runtime import Closing, PreflightError
 from attar.signals.address import Address, module_at, parse
 
 
-class Tap:
+class Tap(Closing):
     """Listens to the features and inputs that *addresses* name while ``tap(forward)`` runs.
 
     Hooks stand from ``open`` to ``close`` and hear nothing outside their own call, so a pass of
@@ -53,14 +52,6 @@ class Tap:
 
     def __enter__(self) -> Self:
         return self.open()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __call__(self, forward: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Tensor]]:
         """Run ``forward(*args)``; return what it returned and the signals by address."""

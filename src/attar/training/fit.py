@@ -295,19 +295,8 @@ def distill(
     """
     if isinstance(teacher, nn.Module):
         teacher = Teacher(teacher, task)
-    return _verb(
-        student,
-        teacher,
-        data,
-        task,
-        terms,
-        label_weight,
-        run,
-        progress,
-        validation=validation,
-        label="distill",
-        **options,
-    )
+    told = {"label_weight": label_weight, "validation": validation, "progress": progress}
+    return _verb(run, student, teacher, data, task, terms, label="distill", **told, **options)
 
 
 def train(
@@ -321,39 +310,26 @@ def train(
     **options: Any,
 ) -> nn.Module:
     """Train a module, in place, on labels alone; returns it. The options are `distill`'s."""
-    return _verb(
-        student,
-        None,
-        data,
-        task,
-        (),
-        1.0,
-        run,
-        progress,
-        validation=validation,
-        label="train",
-        **options,
-    )
+    told = {"label_weight": 1.0, "validation": validation, "progress": progress}
+    return _verb(run, student, None, data, task, (), label="train", **told, **options)
 
 
 def _verb(
+    run: str | Path | None,
     student: nn.Module,
     teacher: Any,
     data: Any,
     task: Task,
     terms: Sequence[Term],
-    label_weight: float,
-    run: str | Path | None,
-    progress: bool | None,
     **options: Any,
 ) -> nn.Module:
+    """Fit, and leave the log, the plan and the model in the run folder where there is one."""
     if not isinstance(student, nn.Module):
         raise UsageError(f"the student must be a torch.nn.Module, not a {type(student).__name__}")
-    told: dict[str, Any] = {"label_weight": label_weight, "progress": progress}
     if run is None:
-        return fit(student, teacher, data, task, terms, **told, **options).student
+        return fit(student, teacher, data, task, terms, **options).student
     with Run(run) as folder:
-        done = fit(student, teacher, data, task, terms, log=folder.log, **told, **options)
+        done = fit(student, teacher, data, task, terms, log=folder.log, **options)
         folder.write("plan.json", done.plan.to_json())
         save(done.student, folder.folder / "model", extra={"task": task.fitted(data).describe()})
     return done.student

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attar.runtime import PreflightError, autocast, eval_mode
+from attar.runtime import Closing, PreflightError, autocast, eval_mode
 from attar.signals import Tap
 from attar.tasks import Task
 from attar.training.term import BoundTerm, Term, loss_name
@@ -57,7 +56,7 @@ class Parts(NamedTuple):
         )
 
 
-class Objective(nn.Module):
+class Objective(Closing, nn.Module):
     """``objective(batch, told) -> Parts``: what is wrapped, compiled and checkpointed.
 
     With the teacher, all that a loop of one's own needs::
@@ -149,17 +148,6 @@ class Objective(nn.Module):
     def close(self) -> None:
         """Take the hooks off the student."""
         self._tap.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def signals(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The student's signals of this batch by address, before any projector."""
