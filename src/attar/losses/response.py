@@ -15,6 +15,7 @@ from attar.losses._rows import (
     check_logits,
     check_not_negative,
     check_positive,
+    refuse_labels,
     wide,
 )
 from attar.losses.types import Fraction, NotNegative, Positive
@@ -54,14 +55,18 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: Fraction 
     student = wide(student)
     if labels.is_floating_point():
         return _soft_cross_entropy(student, wide(labels), label_smoothing)
-    # torch would pass over rows labelled -100 in silence; no index is ignored here.
-    return F.cross_entropy(
-        student,
-        labels.long(),
-        reduction="none",
-        ignore_index=-(2**63),
-        label_smoothing=label_smoothing,
-    )
+    try:
+        # torch would pass over rows labelled -100 in silence; no index is ignored here.
+        return F.cross_entropy(
+            student,
+            labels.long(),
+            reduction="none",
+            ignore_index=-(2**63),
+            label_smoothing=label_smoothing,
+        )
+    except IndexError:
+        refuse_labels(labels, student)
+        raise
 
 
 def _soft_cross_entropy(student: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -105,7 +110,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: Positive = 4
 def _tempered_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_q = F.log_softmax(_tempered(student, temperature), dim=-1)
     log_p = F.log_softmax(_tempered(teacher, temperature), dim=-1)
-    return _divergence(log_q, log_p) * temperature**2
+    return _divergence(log_q, log_p, temperature**2)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -113,10 +118,15 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Σ p (log p - log q) over the last dimension, with 0 log 0 = 0 whatever q is."""
+def _divergence(log_q: Tensor, log_p: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · Σ p (log p - log q) over the last dimension, with 0 log 0 = 0 whatever q is."""
     p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+    gap = log_p - log_q
+    # Where no p is zero there is nothing to mask, and the mask's backward pass is saved; only a
+    # CPU answers that without waiting.
+    if torch.compiler.is_compiling() or p.device.type != "cpu" or not p.all():
+        gap = gap.masked_fill(p == 0, 0.0)
+    return (p.mul_(scale) * gap).sum(-1)
 
 
 def decoupled_kl(

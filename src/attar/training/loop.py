@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from attar.runtime import DivergedError, to_device
 from attar.training.objective import Counts, Objective, Parts
@@ -72,7 +72,8 @@ class Loop:
         self.teacher_seconds = 0.0
         self._log = log
         self._watch = watch
-        self._pending: list[Parts] = []
+        self._loss = 0.0
+        self._sums = [torch.zeros((), device=device) for _ in objective.names]
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -83,7 +84,7 @@ class Loop:
                 self._watch(self.done, loss)
             if self._log is not None and self.done % self.plan.log_every == 0:
                 self._report(number)
-        if self._pending:
+        if self._log is not None and self.done > self._reported:
             self._report(number)
 
     def step(self, window: Window) -> float:
@@ -111,20 +112,27 @@ class Loop:
             self.teacher_seconds += perf_counter() - start
         parts = self.objective(batch, told, counts, progress)
         (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
+        loss = parts.loss.item()
         if self._log is not None:
-            self._pending.append(parts.detached())
-        return parts.loss.item()
+            self._count(parts, loss)
+        return loss
+
+    def _count(self, parts: Parts, loss: float) -> None:
+        # Sums stay tensors until a record is due, so that no step waits for one to be read.
+        self._loss += loss
+        for total, value, scale in zip(self._sums, parts.values, parts.scales, strict=True):
+            total.add_(value.detach().sum(), alpha=scale)
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
         """Whether the step may change the weights; a divergence is raised before it does."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(grads)
-        if math.isfinite(loss) and math.isfinite(norm.item()):
+        norm = gradient_norm(grads)
+        if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             if self.plan.clip is not None:
-                clip_grads_with_norm_(self.parameters, self.plan.clip, norm)
+                clip_grads_with_norm_(self.parameters, self.plan.clip, torch.tensor(norm))
             return True
         self.skipped += 1
         if self.scaler is not None and math.isfinite(loss) and self.skipped < MOST_SKIPPED:
@@ -152,7 +160,7 @@ class Loop:
             told = self.teacher(batch) if self.teacher is not None else None
             for index, name in enumerate(self.objective.names):
                 parts = self.objective(batch, told, counts, progress)
-                what = _fault(parts.values[index], self.parameters)
+                what = _fault(parts.values[index].sum(), self.parameters)
                 if what:
                     ids = batch["ids"].tolist()
                     rows = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
@@ -167,28 +175,39 @@ class Loop:
         )
 
     def _report(self, epoch: int) -> None:
-        # Metrics stay tensors until here, so that a step never waits for one to be read.
-        steps = self.done - self._reported
-        terms = dict.fromkeys(self.objective.names, 0.0)
-        for parts in self._pending:
-            for name, value in parts.terms.items():
-                terms[name] += value.item() / steps
-        record = {
-            "split": "train",
-            "epoch": epoch,
-            "step": self.done,
-            "loss": sum(parts.loss.item() for parts in self._pending) / steps,
-            "terms": terms,
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-        self._pending.clear()
-        self._reported = self.done
         assert self._log is not None
-        self._log(record)
+        steps = self.done - self._reported
+        self._log(
+            {
+                "split": "train",
+                "epoch": epoch,
+                "step": self.done,
+                "loss": self._loss / steps,
+                "terms": {
+                    name: total.item() / steps
+                    for name, total in zip(self.objective.names, self._sums, strict=True)
+                },
+                "lr": self.optimizer.param_groups[0]["lr"],
+            }
+        )
+        self._reported, self._loss = self.done, 0.0
+        for total in self._sums:
+            total.zero_()
+
+
+def gradient_norm(grads: list[Tensor]) -> float:
+    """The Euclidean norm of all gradients as one vector; not finite where one of them is not.
+
+    What ``torch.nn.utils.get_total_norm`` computes, in half its time on a CPU and with one wait
+    on an accelerator.
+    """
+    norms = torch._foreach_norm(grads)
+    if grads and grads[0].device.type == "cpu":
+        return math.hypot(*(norm.item() for norm in norms))
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
 def _fault(value: Tensor, parameters: list[Tensor]) -> str | None:
-    value = value.sum()
     if not torch.isfinite(value):
         return "value"
     if not value.requires_grad:

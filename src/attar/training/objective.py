@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -47,13 +46,7 @@ class Parts(NamedTuple):
     def terms(self) -> dict[str, Tensor]:
         """Each term by name, without its weight."""
         shares = zip(self.names, self.values, self.scales, strict=True)
-        return {name: value.detach() * scale for name, value, scale in shares}
-
-    def detached(self) -> Parts:
-        """The same numbers without the graph behind them."""
-        return self._replace(
-            loss=self.loss.detach(), values=[value.detach() for value in self.values]
-        )
+        return {name: value.detach().sum() * scale for name, value, scale in shares}
 
 
 class Objective(Closing, nn.Module):
@@ -121,29 +114,37 @@ class Objective(Closing, nn.Module):
     ) -> Parts:
         """The parts of this batch's loss; ``told`` is the teacher's answer."""
         out, heard = self._hear(batch)
-        mask = self.task.mask(batch)
-        if counts is None:
-            counts = Counts.of(self.task, [batch])
-        examples = len(batch["inputs"])
-        values: list[Tensor] = []
-        scales: list[float] = []
-        loss: Any = None
+        kind = batch["inputs"].device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._parts(out, heard, batch, told or {}, counts, progress)
         # Losses choose their own precision; an autocast around the caller's loop must not.
-        with autocast_off(batch["inputs"].device):
-            for term in self._bound:
-                value = term.value(heard, told or {}, batch, mask, progress)
-                value, scale = _scaled(value, "mask" in term.needs, counts, examples)
-                weight = term.weight(progress) if callable(term.weight) else term.weight
-                loss = _added(loss, value, weight * scale)
-                values.append(value)
-                scales.append(scale)
-            if self.label_weight:
-                value = self.task.loss(out, batch)
-                value, scale = _scaled(value, False, counts, examples)
-                loss = _added(loss, value, self.label_weight * scale)
-                values.append(value)
-                scales.append(scale)
-        return Parts(loss, values, scales, self.names)
+        with torch.autocast(kind, enabled=False):
+            return self._parts(out, heard, batch, told or {}, counts, progress)
+
+    def _parts(
+        self,
+        out: Any,
+        heard: dict[str, Tensor],
+        batch: dict[str, Tensor],
+        told: dict[str, Tensor],
+        counts: Counts | None,
+        progress: float,
+    ) -> Parts:
+        task = self.task
+        mask = task.mask(batch)
+        counts = counts or Counts.of(task, [batch])
+        values, scales, weights = [], [], []
+        for term in self._bound:
+            value = term.value(heard, told, batch, mask, progress)
+            weights.append(term.weight(progress) if callable(term.weight) else term.weight)
+            scales.append(_share(value, "mask" in term.needs, counts, len(batch["inputs"])))
+            values.append(value)
+        if self.label_weight:
+            weights.append(self.label_weight)
+            scales.append(1 / max(counts.positions, 1))
+            values.append(task.loss(out, batch))
+        factors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+        return Parts(_summed(values, factors), values, scales, self.names)
 
     def close(self) -> None:
         """Take the hooks off the student."""
@@ -183,22 +184,21 @@ class Objective(Closing, nn.Module):
             bound.projector = make(heard[bound.student], goal).to(batch["inputs"].device)
 
 
-def autocast_off(device: torch.device) -> Any:
-    """A context without autocast; free where there is none."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def _summed(values: list[Tensor], factors: list[float]) -> Tensor:
+    """``sum_k factor_k * sum(value_k)``; values of one shape are added before they are summed."""
+    loss = values[0] * factors[0]
+    for value, factor in zip(values[1:], factors[1:], strict=True):
+        if value.shape != loss.shape:
+            loss, value = loss.sum(), value.sum()
+        loss = torch.add(loss, value, alpha=factor)
+    return loss.sum() if loss.ndim else loss
 
 
-def _scaled(value: Tensor, whole: bool, counts: Counts, examples: int) -> tuple[Tensor, float]:
-    """The value as one number, and the factor that makes it this batch's share of the step."""
+def _share(value: Tensor, whole: bool, counts: Counts, examples: int) -> float:
+    """The factor that makes a summed value this batch's share of the step."""
     if value.ndim == 0:
-        return value, examples / max(counts.examples, 1)
-    return value.sum(), 1 / max(counts.examples if whole else counts.positions, 1)
-
-
-def _added(loss: Tensor | None, value: Tensor, factor: float) -> Tensor:
-    return value * factor if loss is None else torch.add(loss, value, alpha=factor)
+        return examples / max(counts.examples, 1)
+    return 1 / max(counts.examples if whole else counts.positions, 1)
 
 
 def _names(terms: Sequence[Term], main: str) -> list[str]:

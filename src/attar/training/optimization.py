@@ -111,6 +111,9 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module) -> Opti
         raise UsageError("nothing can be trained: every parameter has requires_grad False")
     try:
         optimizer = factory(groups)
+        if len(groups) > 1 and not optimizer.defaults.get("weight_decay"):
+            # Nothing decays, so nothing is spared, and one group costs a step less than two.
+            optimizer = factory([p for group in groups for p in group["params"]])
     except (TypeError, ValueError) as error:
         raise UsageError(f"the optimizer cannot be built: {error}") from None
     for group in optimizer.param_groups:
