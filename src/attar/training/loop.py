@@ -121,7 +121,7 @@ class Loop:
         # Sums stay tensors until a record is due, so that no step waits for one to be read.
         self._loss += loss
         for total, value, scale in zip(self._sums, parts.values, parts.scales, strict=True):
-            total.add_(value.detach().sum(), alpha=scale)
+            total.add_(value.sum(), alpha=scale)
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
         """Whether the step may change the weights; a divergence is raised before it does."""
@@ -159,8 +159,8 @@ class Loop:
             batch = to_device(batch, self.device)
             told = self.teacher(batch) if self.teacher is not None else None
             for index, name in enumerate(self.objective.names):
-                parts = self.objective(batch, told, counts, progress)
-                what = _fault(parts.values[index].sum(), self.parameters)
+                values, _, _ = self.objective.values(batch, told or {}, counts, progress)
+                what = _fault(values[index].sum(), self.parameters)
                 if what:
                     ids = batch["ids"].tolist()
                     rows = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")

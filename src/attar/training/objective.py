@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What an objective gives: the loss to differentiate, and each term's share unweighted."""
+    """What an objective gives: the loss to differentiate, and each term's own value, detached."""
 
     loss: Tensor
     values: list[Tensor]
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     def terms(self) -> dict[str, Tensor]:
         """Each term by name, without its weight."""
         shares = zip(self.names, self.values, self.scales, strict=True)
-        return {name: value.detach().sum() * scale for name, value, scale in shares}
+        return {name: value.sum() * scale for name, value, scale in shares}
 
 
 class Objective(Closing, nn.Module):
@@ -113,38 +113,55 @@ class Objective(Closing, nn.Module):
         progress: float = 0.0,
     ) -> Parts:
         """The parts of this batch's loss; ``told`` is the teacher's answer."""
+        counts = counts or Counts.of(self.task, [batch])
+        values, scales, weights = self.values(batch, told or {}, counts, progress)
+        loss = values[0] * (weights[0] * scales[0])
+        for value, weight, scale in zip(values[1:], weights[1:], scales[1:], strict=True):
+            if value.shape != loss.shape:  # values of one shape are added before they are summed
+                loss, value = loss.sum(), value.sum()
+            loss = torch.add(loss, value, alpha=weight * scale)
+        # Detached, so that the graph is freed as it is differentiated.
+        values = [value.detach() for value in values]
+        return Parts(loss.sum() if loss.ndim else loss, values, scales, self.names)
+
+    def values(
+        self, batch: dict[str, Tensor], told: dict[str, Tensor], counts: Counts, progress: float
+    ) -> tuple[list[Tensor], list[float], list[float]]:
+        """Each term's own value, the factor that makes it this batch's share, its weight."""
         out, heard = self._hear(batch)
         kind = batch["inputs"].device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._parts(out, heard, batch, told or {}, counts, progress)
-        # Losses choose their own precision; an autocast around the caller's loop must not.
-        with torch.autocast(kind, enabled=False):
-            return self._parts(out, heard, batch, told or {}, counts, progress)
+        if torch.is_autocast_enabled(kind):
+            # Losses choose their own precision; an autocast around the caller's loop must not.
+            with torch.autocast(kind, enabled=False):
+                return self._compare(out, heard, batch, told, counts, progress)
+        return self._compare(out, heard, batch, told, counts, progress)
 
-    def _parts(
+    def _compare(
         self,
         out: Any,
         heard: dict[str, Tensor],
         batch: dict[str, Tensor],
         told: dict[str, Tensor],
-        counts: Counts | None,
+        counts: Counts,
         progress: float,
-    ) -> Parts:
-        task = self.task
-        mask = task.mask(batch)
-        counts = counts or Counts.of(task, [batch])
-        values, scales, weights = [], [], []
+    ) -> tuple[list[Tensor], list[float], list[float]]:
+        mask = self.task.mask(batch)
+        values: list[Tensor] = []
+        scales: list[float] = []
+        weights: list[float] = []
         for term in self._bound:
             value = term.value(heard, told, batch, mask, progress)
-            weights.append(term.weight(progress) if callable(term.weight) else term.weight)
-            scales.append(_share(value, "mask" in term.needs, counts, len(batch["inputs"])))
+            if value.ndim == 0:  # a relation: its share of the step's examples
+                scales.append(len(batch["inputs"]) / max(counts.examples, 1))
+            else:
+                scales.append(1 / max(counts.examples if term.whole else counts.positions, 1))
             values.append(value)
+            weights.append(term.weight(progress) if callable(term.weight) else term.weight)
         if self.label_weight:
-            weights.append(self.label_weight)
+            values.append(self.task.loss(out, batch))
             scales.append(1 / max(counts.positions, 1))
-            values.append(task.loss(out, batch))
-        factors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
-        return Parts(_summed(values, factors), values, scales, self.names)
+            weights.append(self.label_weight)
+        return values, scales, weights
 
     def close(self) -> None:
         """Take the hooks off the student."""
@@ -182,23 +199,6 @@ class Objective(Closing, nn.Module):
         for bound, make in wanted:
             goal = (heard if bound.own else told)[bound.target]
             bound.projector = make(heard[bound.student], goal).to(batch["inputs"].device)
-
-
-def _summed(values: list[Tensor], factors: list[float]) -> Tensor:
-    """``sum_k factor_k * sum(value_k)``; values of one shape are added before they are summed."""
-    loss = values[0] * factors[0]
-    for value, factor in zip(values[1:], factors[1:], strict=True):
-        if value.shape != loss.shape:
-            loss, value = loss.sum(), value.sum()
-        loss = torch.add(loss, value, alpha=factor)
-    return loss.sum() if loss.ndim else loss
-
-
-def _share(value: Tensor, whole: bool, counts: Counts, examples: int) -> float:
-    """The factor that makes a summed value this batch's share of the step."""
-    if value.ndim == 0:
-        return examples / max(counts.examples, 1)
-    return 1 / max(counts.examples if whole else counts.positions, 1)
 
 
 def _names(terms: Sequence[Term], main: str) -> list[str]:

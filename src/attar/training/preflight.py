@@ -128,7 +128,7 @@ def _check_value(
     objective: Objective, term: BoundTerm, value: Tensor, batch: dict[str, Tensor]
 ) -> None:
     counts = Counts.of(objective.task, [batch])
-    expected = counts.examples if "mask" in term.needs else counts.positions
+    expected = counts.examples if term.whole else counts.positions
     if value.ndim and list(value.shape) != [expected]:
         raise PreflightError(
             f"the loss '{term.name}' returned shape {list(value.shape)}; it must return one "

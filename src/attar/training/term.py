@@ -81,6 +81,7 @@ class BoundTerm(nn.Module):
         self.name = name
         self.loss = term.loss
         self.needs = supplied(term.loss)
+        self.whole = "mask" in self.needs  # sees whole signals, one value an example
         self.student = term.student or main
         self.teacher = teacher_address(term, main)
         # "self:" on the teacher's side is the student's own signal of the same pass.
@@ -107,11 +108,11 @@ class BoundTerm(nn.Module):
             given["teacher"] = heard[self.target].detach() if self.own else told[self.target]
         if "labels" in needs:
             given["labels"] = batch["labels"]
-        if mask is not None and "mask" not in needs:
+        if self.whole:
+            given["mask"] = mask
+        elif mask is not None:
             student = student[mask]
             given = {key: value[mask] for key, value in given.items()}
-        elif "mask" in needs:
-            given["mask"] = mask
         for key in ("ids", "offsets"):
             if key in needs:
                 given[key] = batch[key]
