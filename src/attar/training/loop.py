@@ -136,8 +136,7 @@ class Loop:
             return True
         self.skipped += 1
         if self.scaler is not None and math.isfinite(loss) and self.skipped < MOST_SKIPPED:
-            self.scaler.step(self.optimizer)  # sees the overflow: changes no weight
-            self.scaler.update()
+            self.scaler.update()  # lowers the scale; the step is left out
             return False
         for parameter in self.parameters:
             parameter.grad = None

@@ -176,8 +176,11 @@ class Objective(Closing, nn.Module):
         return asked + [b.target for b in self._bound if b.own]
 
     def _hear(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        with autocast(batch["inputs"].device, self.precision):
+        if self.precision is None:
             out, heard = self._tap(self.task.forward, self.student, batch)
+        else:
+            with autocast(batch["inputs"].device, self.precision):
+                out, heard = self._tap(self.task.forward, self.student, batch)
         for address, name in self._outputs:
             heard[address] = self.task.output(out, name)
         return out, heard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
@@ -32,10 +33,16 @@ def sgd(
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9,
     weight_decay: Annotated[float, Ge(0)] = 5e-4,
     nesterov: bool = False,
+    fused: bool | None = None,
 ) -> Optimizer:
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum; ``fused`` is chosen where it is left out."""
     return torch.optim.SGD(
-        params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        params,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        fused=fused,
     )
 
 
@@ -46,9 +53,12 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: Annotated[float, Gt(0)] = 1e-8,
     weight_decay: Annotated[float, Ge(0)] = 0.01,
+    fused: bool | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); ``fused`` as in `sgd`."""
+    return torch.optim.AdamW(
+        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+    )
 
 
 def constant(progress: float, *, warmup: Annotated[float, Interval(ge=0, le=1)] = 0.0) -> float:
@@ -110,15 +120,26 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module) -> Opti
     if not groups:
         raise UsageError("nothing can be trained: every parameter has requires_grad False")
     try:
-        optimizer = factory(groups)
+        optimizer = _fastest(factory, groups)
         if len(groups) > 1 and not optimizer.defaults.get("weight_decay"):
             # Nothing decays, so nothing is spared, and one group costs a step less than two.
-            optimizer = factory([p for group in groups for p in group["params"]])
+            optimizer = _fastest(factory, [p for group in groups for p in group["params"]])
     except (TypeError, ValueError) as error:
         raise UsageError(f"the optimizer cannot be built: {error}") from None
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _fastest(factory: Callable[..., Optimizer], params: list[Any]) -> Optimizer:
+    """The fused kernel where the optimiser has one for these parameters and nobody chose."""
+    chosen = inspect.signature(factory).parameters.get("fused")
+    if chosen is not None and chosen.default is None:
+        try:
+            return factory(params, fused=True)
+        except RuntimeError:  # no such kernel for this device, or another one was asked for
+            pass
+    return factory(params)
 
 
 class Average:
