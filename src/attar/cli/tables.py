@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from attar.recipes import SUPPLIED, rooms
-from attar.recipes.resolve import shown
+from attar.recipes.resolve import shown, spelt
 from attar.runtime import UsageError, suggest
 
 console = Console(highlight=False, soft_wrap=False)
@@ -29,45 +31,60 @@ def print_verdict(verdict: Any, *, whole: bool) -> None:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """What a run would do, as `attar check` found it."""
-    data = plan["data"]
-    console.print(
-        f"data       {data['name']}: {data['train']:,} train, {data['validation']:,} validation, "
-        f"{data['test']:,} test; inputs {data['shape']}, {data['width']} outputs"
-    )
+    data, seeds = plan["data"], plan["seeds"]
+    lines = [
+        (
+            "data",
+            f"{data['name']}: {data['train']:,} train, {data['validation']:,} validation, "
+            f"{data['test']:,} test; inputs {data['shape']}, {data['width']} outputs",
+        )
+    ]
     for role in ("teacher", "student"):
         size = plan[role]
-        console.print(
-            f"{role:<11}{size['model']}: {size['parameters']:,} parameters, "
-            f"{_count(size['macs'])} multiply-adds an example"
+        lines.append(
+            (
+                role,
+                f"{size['model']}: {size['parameters']:,} parameters, "
+                f"{_count(size['macs'])} multiply-adds an example",
+            )
         )
     ratio = plan["teacher"]["parameters"] / max(plan["student"]["parameters"], 1)
-    console.print(f"ratio      the student is {ratio:.1f} times smaller")
+    lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
     for index, stage in enumerate(plan["stages"]):
-        console.print(
-            f"stage {index}    {stage['steps']:,} steps of {stage['batch_size']} over "
-            f"{stage['examples']:,} examples, x {plan['seeds']} seeds; trains "
-            f"{stage['trained_parameters']:,} parameters, of them "
-            f"{stage['projector_parameters']:,} in projectors; a checkpoint takes at most "
-            f"{_bytes(stage['checkpoint_bytes'])}"
-        )
-        if stage["terms"]:
-            console.print(_terms(stage["terms"]))
+        lines += [(f"stage {index}", _stage(stage, seeds)), *map(_term, stage["terms"])]
+    _print_rows(lines, 11)
     console.print("checked: every stage ran on one batch. Nothing was trained.")
 
 
-def _terms(terms: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "term", "student", "teacher", "projector", "first value", box=None, padding=(0, 2)
+def _stage(stage: dict[str, Any], seeds: int) -> str:
+    adapters = stage["projector_parameters"]
+    inside = f", {adapters:,} of them in projectors," if adapters else ""
+    return (
+        f"{stage['steps']:,} steps of {stage['batch_size']} over {stage['examples']:,} examples, "
+        f"{seeds} seed{'s' * (seeds > 1)}; trains {stage['trained_parameters']:,} parameters"
+        f"{inside} with at most {_bytes(stage['checkpoint_bytes'])} of state"
     )
-    for term in terms:
-        table.add_row(
-            term["name"],
-            f"{term['student']} {term['student_shape']}",
-            f"{term['teacher']} {term['teacher_shape']}" if term["teacher"] else "labels",
-            term["projector"] or "",
-            f"{term['value']:.4g}",
-        )
-    return table
+
+
+def _term(term: dict[str, Any]) -> tuple[str, str]:
+    teacher = f"{term['teacher']} {term['teacher_shape']}" if term["teacher"] else "labels"
+    lines = [
+        f"{term['name']}, {term['value']:.4g} on the first batch",
+        f"student {term['student']} {term['student_shape']}, teacher {teacher}",
+    ]
+    if term["projector"]:
+        lines.append(f"projector {term['projector']}")
+    return "  term", "\n".join(lines)
+
+
+def _print_rows(lines: Sequence[tuple[str, str]], width: int) -> None:
+    """Two columns; what is too long goes on below its own column."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(min_width=width, no_wrap=True)
+    grid.add_column()
+    for label, text in lines:
+        grid.add_row(Text(label), Text(text))
+    console.print(grid)
 
 
 def describe_rooms(room: str | None, plugins: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -94,7 +111,9 @@ def _member(member: Any, room: str) -> dict[str, Any]:
 
 
 def _default(value: Any) -> str:
-    return getattr(value, "__name__", None) or str(getattr(value, "keywords", None) or value)
+    """A default as a recipe writes it."""
+    known, written = spelt(value)
+    return json.dumps(written).replace('"', "") if known else str(value)
 
 
 def print_rooms(described: dict[str, dict[str, Any]], *, whole: bool) -> None:
@@ -103,11 +122,13 @@ def print_rooms(described: dict[str, dict[str, Any]], *, whole: bool) -> None:
         console.print(room, style="bold")
         if room == "optimizers" and not whole:
             members = {k: v for k, v in members.items() if k in ("sgd", "adamw")}
+        lines = []
         for name, member in members.items():
-            console.print(f"  {name:<24}{member['about']}")
+            about = [member["about"].replace("`", "")]
             if whole:
-                for option, default in member["options"].items():
-                    console.print(f"      {option}: {default}", style="dim")
+                about += [f"{option}: {value}" for option, value in member["options"].items()]
+            lines.append((f"  {name}", "\n".join(about)))
+        _print_rows(lines, 24)
     if not whole:
         console.print("attar list ROOM shows the options; any torch.optim optimizer goes by name")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,8 @@ def collect(
     with evaluating(model, place):
         for batch in source.batches(batch_size):
             moved = to_device(batch, place)
-            rows = task.rows(task.forward(model, moved), moved)
+            forward = task.forward if parts else partial(task.try_forward, whose="model")
+            rows = task.rows(forward(model, moved), moved)
             parts.append({name: value.cpu() for name, value in rows.items()})
             ids.append(batch["ids"].cpu())
             done += len(ids[-1])

@@ -141,10 +141,10 @@ def highlights(verdict: Verdict) -> list[dict[str, str]]:
 
 
 TESTS = {
-    "mcnemar": "exact McNemar test, two-sided",
-    "bootstrap": "paired bootstrap, two-sided",
+    "mcnemar": "the exact McNemar test, two-sided",
+    "bootstrap": "the paired bootstrap, two-sided",
     "banerjee": "Banerjee's test over seeds and examples, two-sided",
-    "sign": "sign test over examples",
+    "sign": "a sign test over examples",
 }
 
 
@@ -154,7 +154,7 @@ def method(verdict: Verdict) -> list[str]:
     lines = [_interval_method(verdict.seeds, examples, verdict.resamples)]
     if verdict.difference is not None:
         lines.append(
-            f"Better or worse: p below 0.05 by the {TESTS[verdict.difference.test]}; "
+            f"Better or worse: p below 0.05 by {TESTS[verdict.difference.test]}; "
             "models are compared on the same examples."
         )
     if verdict.against == "baseline":

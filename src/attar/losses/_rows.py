@@ -29,8 +29,9 @@ def check_same_shape(student: Tensor, teacher: Tensor) -> None:
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Two tensors of logits [N, C] with C >= 2."""
-    check_same_shape(student, teacher)
-    check_classes(student)
+    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
+        check_same_shape(student, teacher)
+        check_classes(student)
 
 
 def check_classes(logits: Tensor) -> None:
@@ -43,9 +44,8 @@ def check_classes(logits: Tensor) -> None:
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Class numbers [N] in [0, C), or class probabilities [N, C]."""
-    rows, classes = logits.shape
-    expected = (rows, classes) if labels.is_floating_point() else (rows,)
-    if tuple(labels.shape) != expected:
+    check_classes(logits)
+    if labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
         raise ValueError(
             f"labels must be class numbers [N] or float probabilities [N, C] of the same rows as "
             f"the logits, got {labels.dtype} {tuple(labels.shape)} and {tuple(logits.shape)}."

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attar.losses._rows import (
     absent,
-    check_classes,
     check_labels,
     check_logits,
     check_not_negative,
@@ -48,7 +47,6 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: Fraction 
     >>> cross_entropy(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0]))
     tensor([0.4076])
     """
-    check_classes(student)
     check_labels(labels, student)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
@@ -114,7 +112,8 @@ def _tempered_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    logits = wide(logits)
+    if logits.dtype is not torch.float32:
+        logits = wide(logits)
     return logits if temperature == 1 else logits / temperature
 
 

@@ -1,5 +1,6 @@
 """Models: families to build from, and folders of safetensors and JSON to keep them in."""
 
+from attar.models import projectors
 from attar.models.build import build, families
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
@@ -13,6 +14,7 @@ __all__ = [
     "load_weights",
     "mlp",
     "mobilenet",
+    "projectors",
     "read_extra",
     "resnet",
     "save",

@@ -150,7 +150,7 @@ def check_job(job: Job) -> dict[str, Any]:
 def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
     inputs = job.train.rows(torch.arange(1))["inputs"]
     return {
-        "model": type(model).__name__,
+        "model": getattr(model, "attar_build", {}).get("family", type(model).__name__),
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs": count_macs(model, inputs),
     }

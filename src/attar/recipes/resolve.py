@@ -185,9 +185,9 @@ class Resolver:
         table = holder[steps[-1]]
         for name, parameter in writable.items():
             if name not in given and parameter.default is not parameter.empty:
-                known, spelt = _spelt(parameter.default)
+                known, written = spelt(parameter.default)
                 if known:
-                    table[name] = spelt
+                    table[name] = written
 
 
 def _room(hint: Any) -> str | None:
@@ -247,12 +247,12 @@ def shown(name: str) -> str:
     return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
-def _spelt(value: Any) -> tuple[bool, Any]:
+def spelt(value: Any) -> tuple[bool, Any]:
     """A default as a recipe would write it; (False, None) where none can."""
     if value is None or isinstance(value, bool | int | float | str):
         return True, value
     if isinstance(value, tuple | list):
-        items = [_spelt(item) for item in value]
+        items = [spelt(item) for item in value]
         return all(known for known, _ in items), [spelt for _, spelt in items]
     function = value.func if isinstance(value, partial) else value
     if not inspect.isfunction(function):
@@ -262,4 +262,4 @@ def _spelt(value: Any) -> tuple[bool, Any]:
         for name, parameter in inspect.signature(value).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    return True, {"name": function.__name__} | {k: _spelt(v)[1] for k, v in options.items()}
+    return True, {"name": function.__name__} | {k: spelt(v)[1] for k, v in options.items()}

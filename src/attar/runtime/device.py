@@ -14,6 +14,8 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` is the first CUDA device, else Apple's, else the CPU."""
+    if device == "gpu":
+        device = "cuda"
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

@@ -45,8 +45,10 @@ class Bar(Closing):
 
     def watch(self, done: int, loss: float) -> None:
         """Show how far a stage is; called after each step, draws ten times a second."""
+        if self._bar is None:
+            return
         now = monotonic()
-        if self._bar is None or (now < self._next and done < self._total):
+        if now < self._next and done < self._total:
             return
         self._next = now + REDRAW_SECONDS
         numbers = f"loss {loss:.4g}{self._metric}"

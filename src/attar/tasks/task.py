@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attar.runtime import DataError, suggest
+from attar.runtime import AttarError, DataError, suggest
 
 Batch = dict[str, Tensor]
 Rows = dict[str, Tensor]
@@ -37,6 +37,20 @@ class Task(ABC):
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Run *model* on the batch; what it returns is this task's own affair."""
         return model(batch["inputs"])
+
+    def try_forward(self, model: nn.Module, batch: Batch, whose: str) -> Any:
+        """``forward`` for the first time: what torch says of a wrong input becomes a DataError."""
+        try:
+            return self.forward(model, batch)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, AttarError):
+                raise
+            reads = getattr(model, "attar_build", {}).get("options", {}).get("shape")
+            built = f", which was built for inputs {list(reads)}," if reads else ""
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"the {whose}{built} cannot read inputs {list(batch['inputs'].shape[1:])}: {said}"
+            ) from error
 
     def output(self, out: Any, name: str) -> Tensor:
         """The output *name* of what ``forward`` returned, shape [N, width].

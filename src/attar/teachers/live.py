@@ -59,8 +59,11 @@ class Teacher:
         if self._tap is None:
             self.open()
         assert self._tap is not None
-        with autocast(batch["inputs"].device, self.precision):
+        if self.precision is None:
             out, told = self._tap(self.task.forward, self.model, batch)
+        else:
+            with autocast(batch["inputs"].device, self.precision):
+                out, told = self._tap(self.task.forward, self.model, batch)
         for address, name in self._outputs:
             told[address] = self.task.output(out, name)
         return told

@@ -21,6 +21,7 @@ from attar.runtime import (
     PreflightError,
     Run,
     UsageError,
+    eval_mode,
     modes_of,
     resolve_device,
     resolve_precision,
@@ -31,6 +32,7 @@ from attar.tasks import Task
 from attar.teachers import Teacher
 from attar.training.loop import Log, Loop
 from attar.training.objective import Objective
+from attar.training.optimization import make_optimizer
 from attar.training.plan import Plan, make_plan
 from attar.training.preflight import (
     StagePlan,
@@ -99,6 +101,7 @@ def prepared(
         torch.manual_seed(plan.seed)
         student.to(device)
         batch = to_device(_first_batch(data, plan), device)
+        _try_models(student, teacher, task, batch)
         told = teacher(batch) if teacher is not None else {}
         objective = Objective(
             student,
@@ -110,6 +113,7 @@ def prepared(
         ).to(device)
         try:
             check_labels(task, batch, objective)
+            make_optimizer(plan.optimizer, objective)
             shapes = plan_stage(objective, teacher, data, plan, dry_pass(objective, batch, told))
             yield Stage(objective, teacher, plan, shapes, device, dtype)
         finally:
@@ -128,6 +132,15 @@ def _opened(teacher: Any, asked: list[str], device: torch.device) -> Iterator[No
         yield
     finally:
         teacher.close()
+
+
+@torch.no_grad()
+def _try_models(student: nn.Module, teacher: Any, task: Task, batch: dict[str, Tensor]) -> None:
+    """Run both models once, so that a wrong input is explained as such."""
+    with eval_mode(student):
+        task.try_forward(student, batch, "student")
+    if isinstance(model := getattr(teacher, "model", None), nn.Module):
+        task.try_forward(model, batch, "teacher")
 
 
 def _first_batch(data: Any, plan: Plan) -> dict[str, Tensor]:
@@ -239,7 +252,11 @@ def _close_epoch(
 
 
 class _Chosen:
-    """The best epoch so far, by validation; an equal later one does not replace it."""
+    """The best epoch so far, by validation.
+
+    Of equals the latest is kept: a small validation split has many, and a schedule that ends low
+    makes the later the better trained.
+    """
 
     def __init__(self, task: Task, keep: str) -> None:
         self.task = task
@@ -252,7 +269,7 @@ class _Chosen:
     def offer(self, number: int, record: dict[str, Any], student: nn.Module) -> None:
         self.history.append(record)
         value = record[self.task.metric] * (1 if self.task.higher_is_better else -1)
-        if value > self._best:
+        if value >= self._best:
             self._best, self.epoch = value, number
             if self.keep == "best":
                 self.state = _state(student)

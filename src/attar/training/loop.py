@@ -74,6 +74,7 @@ class Loop:
         self._watch = watch
         self._loss = 0.0
         self._sums = [torch.zeros((), device=device) for _ in objective.names]
+        self._terms = [0.0] * len(self._sums)
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -118,10 +119,16 @@ class Loop:
         return loss
 
     def _count(self, parts: Parts, loss: float) -> None:
-        # Sums stay tensors until a record is due, so that no step waits for one to be read.
+        # Sums stay tensors until a record is due, so that no step waits for one to be read; they
+        # have the shape of the values, which are added in place and summed when they are read.
         self._loss += loss
-        for total, value, scale in zip(self._sums, parts.values, parts.scales, strict=True):
-            total.add_(value.sum(), alpha=scale)
+        for index, (value, scale) in enumerate(zip(parts.values, parts.scales, strict=True)):
+            total = self._sums[index]
+            if total.shape == value.shape:
+                total.add_(value, alpha=scale)
+            else:
+                self._terms[index] += total.sum().item()
+                self._sums[index] = value * scale
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
         """Whether the step may change the weights; a divergence is raised before it does."""
@@ -183,13 +190,16 @@ class Loop:
                 "step": self.done,
                 "loss": self._loss / steps,
                 "terms": {
-                    name: total.item() / steps
-                    for name, total in zip(self.objective.names, self._sums, strict=True)
+                    name: (known + total.sum().item()) / steps
+                    for name, known, total in zip(
+                        self.objective.names, self._terms, self._sums, strict=True
+                    )
                 },
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
         )
         self._reported, self._loss = self.done, 0.0
+        self._terms = [0.0] * len(self._sums)
         for total in self._sums:
             total.zero_()
 

@@ -107,10 +107,11 @@ def _dry_term(
     except AttarError:
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        hint = "" if term.projector or "feature" not in term.student else "; add projector: linear"
         raise PreflightError(
             f"the term '{term.name}' cannot compare the student's {term.student} "
             f"{_shape(student)} with the teacher's {term.teacher} {_shape(target)}: "
-            f"{_first_line(error)}"
+            f"{_first_line(error).rstrip('.')}{hint}"
         ) from error
     _check_value(objective, term, value, batch)
     return TermShapes(
