@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-TURN = 6  # steps
+TURN = 30  # steps
+WARM = 5  # of them warm the caches that the others have emptied, and are not counted
 COLLECT_EVERY = 10  # rounds
 
 
@@ -54,9 +55,9 @@ class Gate:
             self._between = True
 
     def laps(self, rounds: int) -> np.ndarray:
-        """Wall and thread CPU microseconds, [rounds, TURN - 1, 2]."""
+        """Wall and thread CPU microseconds, [rounds, TURN - WARM, 2]."""
         laps = np.array(self._laps[: rounds * TURN], dtype=float) / 1e3
-        return laps.reshape(rounds, TURN, 2)[:, 1:]
+        return laps.reshape(rounds, TURN, 2)[:, WARM:]
 
 
 def interleave(

@@ -33,7 +33,7 @@ from _loops import (
     hand_bare,
     hand_slicing,
 )
-from _pace import TURN, interleave
+from _pace import TURN, WARM, interleave
 from _table import Goal, environment, finish, flags, table
 
 PACKAGES = ["torch", "attar", "torchdistill", "accelerate", "transformers", "lightning"]
@@ -59,7 +59,7 @@ Logs: attar, torchdistill, HF default, Lightning default. Guards: by hand, attar
 norm of the gradient (by hand: torch's get_total_norm) are finite; torchdistill: the loss, as in its
 examples; HF default: clips the norm to 1. Accelerate and all that is bare have neither log nor
 guard, and what is bare is not judged.
-One thread; {TURN} steps a turn, the first not counted; garbage is collected between turns only."""
+One thread; {TURN} steps a turn, the first {WARM} not counted; garbage is collected between turns only."""
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from attar.runtime import DivergedError, to_device
-from attar.training.objective import Counts, Objective, Parts
+from attar.training.objective import Counts, Objective
 from attar.training.optimization import Average, make_optimizer
 from attar.training.plan import Plan
 
@@ -73,8 +73,7 @@ class Loop:
         self._log = log
         self._watch = watch
         self._loss = 0.0
-        self._sums = [torch.zeros((), device=device) for _ in objective.names]
-        self._terms = [0.0] * len(self._sums)
+        self._pending: list[tuple[list[Tensor], list[float]]] = []
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -115,20 +114,10 @@ class Loop:
         (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
         loss = parts.loss.item()
         if self._log is not None:
-            self._count(parts, loss)
+            # Metrics stay tensors until a record is due, so that no step waits for one to be read.
+            self._loss += loss
+            self._pending.append((parts.values, parts.scales))
         return loss
-
-    def _count(self, parts: Parts, loss: float) -> None:
-        # Sums stay tensors until a record is due, so that no step waits for one to be read; they
-        # have the shape of the values, which are added in place and summed when they are read.
-        self._loss += loss
-        for index, (value, scale) in enumerate(zip(parts.values, parts.scales, strict=True)):
-            total = self._sums[index]
-            if total.shape == value.shape:
-                total.add_(value, alpha=scale)
-            else:
-                self._terms[index] += total.sum().item()
-                self._sums[index] = value * scale
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
         """Whether the step may change the weights; a divergence is raised before it does."""
@@ -183,25 +172,28 @@ class Loop:
     def _report(self, epoch: int) -> None:
         assert self._log is not None
         steps = self.done - self._reported
+        columns = zip(*(zip(*taken, strict=True) for taken in self._pending), strict=True)
+        names = self.objective.names
         self._log(
             {
                 "split": "train",
                 "epoch": epoch,
                 "step": self.done,
                 "loss": self._loss / steps,
-                "terms": {
-                    name: (known + total.sum().item()) / steps
-                    for name, known, total in zip(
-                        self.objective.names, self._terms, self._sums, strict=True
-                    )
-                },
+                "terms": {n: _total(c) / steps for n, c in zip(names, columns, strict=True)},
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
         )
         self._reported, self._loss = self.done, 0.0
-        self._terms = [0.0] * len(self._sums)
-        for total in self._sums:
-            total.zero_()
+        self._pending.clear()
+
+
+def _total(column: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of scaled values; those of one scale are joined, so that few tensors are read."""
+    groups: dict[float, list[Tensor]] = {}
+    for value, scale in column:
+        groups.setdefault(scale, []).append(value.reshape(-1))
+    return sum(torch.cat(values).sum().item() * scale for scale, values in groups.items())
 
 
 def gradient_norm(grads: list[Tensor]) -> float:
