@@ -59,7 +59,8 @@ Logs: attar, torchdistill, HF default, Lightning default. Guards: by hand, attar
 norm of the gradient (by hand: torch's get_total_norm) are finite; torchdistill: the loss, as in its
 examples; HF default: clips the norm to 1. Accelerate and all that is bare have neither log nor
 guard, and what is bare is not judged.
-One thread; {TURN} steps a turn, the first {WARM} not counted; garbage is collected between turns only."""
+One thread; {TURN} steps a turn, the first {WARM} not counted; garbage is collected between turns
+only."""
 
 
 def main() -> int:

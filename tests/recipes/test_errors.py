@@ -28,7 +28,7 @@ WRONG = [
     ("weight: 0.9", "weight: -0.9", "12:65", "weight is -0.9: it must be greater than or equal"),
     ("temperature: 4.0", "temperature: 0", "12:51", "temperature is 0: it must be greater than 0"),
     ("weight: 0.9", "weight: yes", "12:65", "weight is 'yes': it must be a valid number"),
-    ("[8]", "8", "6:30", "widths is 8: it must be a valid tuple"),
+    ("[8]", "8", "6:30", "widths is 8: it must be a list, such as [32]"),
     ("[8]", "[8, x]", "6:30", "it must be a valid integer"),
     ("- {loss", "{loss", None, "expected a list"),
     ("label_weight: 0.1", "label_weight: 0.1\n    epochs: 3", "14:5", "'epochs' stands here a se"),

@@ -121,12 +121,13 @@ def evaluate(
     data: Annotated[str, typer.Option(help="digits, fashion_mnist, a CSV file or an idx folder.")],
     target: Annotated[str | None, typer.Option(help="The label's column of a CSV file.")] = None,
     regression: Annotated[bool, typer.Option(help="The CSV's label is a number.")] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Score a saved model on the test split of some data."""
     from attar.cli.write import evaluate_model
 
-    found = evaluate_model(model, data, target=target, regression=regression)
+    found = evaluate_model(model, data, target=target, regression=regression, plugins=plugin or ())
     print(json.dumps(found.scores, indent=2) if as_json else found)
 
 
@@ -164,7 +165,7 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool) -> None:
     say = None if silent else _say
     verdict = run_recipe(loaded, folder=folder, say=say, progress=False if silent else None)
     if as_json:
-        print(json.dumps(verdict.to_json(), indent=2, ensure_ascii=False))
+        print((folder / "verdict.json").read_text(encoding="utf-8"), end="")
     else:
         from attar.cli.tables import print_verdict
 

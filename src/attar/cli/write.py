@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,26 @@ def write_recipe(
     )
 
 
-def evaluate_model(model: Path, data: str, *, target: str | None, regression: bool) -> Any:
+def evaluate_model(
+    model: Path,
+    data: str,
+    *,
+    target: str | None,
+    regression: bool,
+    plugins: Sequence[str] = (),
+) -> Any:
     """Score a saved model on the test split of *data*, in the task it was saved with."""
     from attar.evaluation import evaluate
-    from attar.models import load, read_extra
+    from attar.models import families, load, read_extra
     from attar.recipes import parse, rooms
     from attar.recipes.resolve import Resolver
     from attar.tasks import restore
 
     options, _ = reader(data, target=target, regression=regression)
     document = parse(json.dumps(options), "--data")
-    splits = Resolver(document, rooms()).choice(document.value, "readers", ())()
+    known = rooms(plugins)
+    splits = Resolver(document, known).choice(document.value, "readers", ())()
     test = splits[-1]
     task = restore(read_extra(model).get("task")).fitted(test)
-    return evaluate(load(model), test, task)
+    added = {name: make for name, make in known["models"].items() if name not in families()}
+    return evaluate(load(model, families=added), test, task)

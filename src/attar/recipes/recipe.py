@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,11 +93,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe read from a file: the objects, and the full text of what they were made from."""
+    """A recipe read from a file.
+
+    Attributes:
+        recipe: the objects.
+        full: the whole text of what they were made from, defaults included.
+        name: what the run folder is called.
+        plugins: the code that was run for it, by what the command line named, with SHA-256.
+    """
 
     recipe: Recipe
     full: dict[str, Any]
     name: str
+    plugins: dict[str, str] = field(default_factory=dict)
 
 
 def load_recipe(
@@ -131,4 +140,10 @@ def resolve(
         documents.set_value(document, override)
     resolver = Resolver(document, rooms(plugins))
     recipe = resolver.table(document.value, Recipe, ())
-    return Loaded(recipe, resolver.full, Path(document.name).stem)
+    return Loaded(recipe, resolver.full, Path(document.name).stem, dict(map(_digest, plugins)))
+
+
+def _digest(plugin: str) -> tuple[str, str]:
+    path = Path(plugin)
+    known = path.is_file()
+    return path.name, hashlib.sha256(path.read_bytes()).hexdigest() if known else "package"

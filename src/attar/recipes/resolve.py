@@ -129,7 +129,8 @@ class Resolver:
                 )
         missing = [n for n, p in writable.items() if p.default is p.empty and n not in given]
         if missing:
-            raise self.fail(path, f"'{missing[0]}' is missing here")
+            names = " and ".join(f"'{name}'" for name in missing)
+            raise self.fail(path, f"{names} {'is' if len(missing) == 1 else 'are'} missing here")
         self._write_defaults(path, writable, given)
         return {
             name: self.value(raw, hints.get(name, Any), (*path, name))
@@ -170,6 +171,7 @@ class Resolver:
         except ValidationError as error:
             first = error.errors()[0]
             said = first["msg"].replace("Input should be", "it must be")
+            said = said.replace("a valid tuple", "a list, such as [32]")
             name = next((str(p) for p in reversed(path) if isinstance(p, str)), "value")
             raise self.fail(path, f"{name} is {raw!r}: {said}") from None
 

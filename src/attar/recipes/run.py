@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+import attar
 from attar.evaluation import Cost, Verdict, cost, judge
 from attar.models import save
 from attar.recipes.job import Job, check_floor, check_job, copied, prepare, rows_of, stage_of
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.reporting import page
-from attar.runtime import Run, UsageError, check_free
+from attar.runtime import PreflightError, Run, UsageError, check_free, resolve_device
 from attar.tasks.task import Rows
 from attar.training import Fit, Log, fit
 
@@ -67,8 +69,7 @@ def run(
     place = Path(folder) if folder is not None else Path("runs") / loaded.name
     check_free(place)
     say = say or (lambda line: None)
-    job = prepare(loaded.recipe)
-    plans = check_job(job)
+    job, plans = _checked(loaded)
     with Run(place) as home:
         home.write("recipe.json", loaded.full)
         home.write("plan.json", plans)
@@ -76,7 +77,7 @@ def run(
         taught = _teach(job, home, say, progress)
         arms = _students(job, home, say, progress)
         verdict = _judged(job, home, taught, arms)
-        home.write("verdict.json", verdict.to_json())
+        home.write("verdict.json", verdict.to_json() | {"environment": _environment(loaded, job)})
     page(place)
     return verdict
 
@@ -92,7 +93,29 @@ def check(
     Raises:
         AttarError: what ``run`` would raise before its first step.
     """
-    return check_job(prepare(_loaded(recipe, overrides, plugins).recipe))
+    return _checked(_loaded(recipe, overrides, plugins))[1]
+
+
+def _checked(loaded: Loaded) -> tuple[Job, dict[str, Any]]:
+    """The job, tried out; what is wrong with an option is then wrong with the recipe."""
+    try:
+        job = prepare(loaded.recipe)
+        return job, check_job(job)
+    except UsageError as error:
+        raise PreflightError(str(error)) from error
+
+
+def _environment(loaded: Loaded, job: Job) -> dict[str, str]:
+    """What else a reader needs to repeat the run."""
+    plugins = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
+    return {
+        "attar": attar.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "device": str(resolve_device(job.recipe.device)),
+        **plugins,
+    }
 
 
 def _loaded(
@@ -142,7 +165,7 @@ def _students(job: Job, home: Run, say: Say, progress: bool | None) -> dict[str,
             _train_arm(job, home, arms[name], name, number, student, progress)
             of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
             took = _took(arms[name].seconds[-1])
-            say(f"{name + of:<15}{_score(job, student)} on validation{took}")
+            say(f"{name + of:<16}{_score(job, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
             _save_best(job, home, arms[name], "student" if name == "distilled" else name)
@@ -194,8 +217,10 @@ def _marked(home: Run, **mark: Any) -> Log:
 def _save_best(job: Job, home: Run, arm: Arm, folder: str) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
     sign = 1 if job.task.higher_is_better else -1
-    best = max(arm.finals, key=lambda f: max(sign * r[job.task.metric] for r in f.history))
-    save(best.student, home.folder / folder, extra={"task": job.task.describe()})
+    scores = [max(sign * r[job.task.metric] for r in f.history) for f in arm.finals]
+    best = scores.index(max(scores))
+    extra = {"task": job.task.describe(), "seed": job.recipe.seed + best}
+    save(arm.finals[best].student, home.folder / folder, extra=extra)
 
 
 def _judged(job: Job, home: Run, taught: Arm, arms: dict[str, Arm]) -> Verdict:
