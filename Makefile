@@ -12,7 +12,7 @@ env: $(VENV)/.dev
 
 demo: $(VENV)/.core
 	rm -rf runs/demo
-	$(BIN)/attar run examples/digits.yaml --run runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/attar run examples/digits.yaml --run runs/demo
 
 # One thread a process: tiny models gain nothing from more, and results then do not depend on it.
 test: $(VENV)/.dev
@@ -35,7 +35,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: .venv-bench/.done
-	.venv-bench/bin/python benchmarks/loop.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/loop.py --check
 
 clean:
 	rm -rf $(VENV) .venv-bench site build dist src/*.egg-info
@@ -60,5 +60,6 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
 	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
-	.venv-bench/bin/python -m pip install --quiet --requirement requirements/bench.txt --editable .
+	.venv-bench/bin/python -m pip install --quiet $(CONSTRAINTS) --requirement requirements/bench.txt --editable .
+	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5
 	touch $@

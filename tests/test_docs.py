@@ -19,7 +19,7 @@ import typer
 
 import attar
 from attar.recipes import Goal, Recipe, TeacherPlan, load_recipe, parse, resolve, rooms
-from attar.recipes.resolve import _spelt, shown
+from attar.recipes.resolve import shown, spelt
 from attar.runtime import PreflightError, UsageError
 from attar.training.plan import make_plan
 
@@ -188,10 +188,11 @@ def test_the_keys_of_a_recipe_and_their_defaults_are_the_schema(heading: str) ->
         if default is dataclasses.MISSING:
             assert told[key] == "required", key
             continue
-        known, spelt = _spelt(default)
+        known, written = spelt(default)
         assert known, key
         said = parse(told[key], key).value
-        assert said in (spelt, spelt["name"]) if isinstance(spelt, dict) else said == spelt, key
+        named = isinstance(written, dict)
+        assert said in (written, written["name"]) if named else said == written, key
 
 
 # ---------------------------------------------------------------- names
@@ -278,7 +279,11 @@ def test_what_the_pages_say_of_a_recipe_is_refused() -> None:
     for name, text, says in (
         ("twice.yaml", "task: a\ntask: b\n", "the key 'task' stands here a second time"),
         ("anchor.yaml", "a: &x 1\nb: *x\n", "anchors (&) and aliases (*) are not allowed"),
-        ("part.yaml", "task: regression\ndata: digits\n", "'teacher' is missing here"),
+        (
+            "part.yaml",
+            "task: regression\ndata: digits\n",
+            "'teacher' and 'student' and 'stages' are missing here",
+        ),
     ):
         with pytest.raises(PreflightError) as caught:
             resolve(parse(text, name))

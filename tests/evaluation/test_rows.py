@@ -60,7 +60,7 @@ def test_the_model_runs_in_eval_without_gradient_and_gets_its_modes_back(house: 
 
 def test_the_modes_come_back_after_an_error(house: Any) -> None:
     model = house.modes()
-    with pytest.raises(RuntimeError, match="thirteen"):
+    with pytest.raises(DataError, match="thirteen"):
         collect(model, house.listed(X + 11, Y), house.task, device="cpu")
     assert (model.training, model.free.training, model.frozen.training) == (True, True, False)
     assert torch.is_grad_enabled()

@@ -51,10 +51,8 @@ def check_free(folder: str | Path) -> None:
     """Refuse a folder that already holds something."""
     path = Path(folder)
     if path.is_dir() and any(path.iterdir()):
-        done = any((path / name).exists() for name in ("verdict.json", "plan.json"))
-        what = "a run" if done else "something"
         raise RunExistsError(
-            f"{path}: already holds {what}; choose another folder with --run, or remove this one"
+            f"{path}: already holds a run; choose another folder with --run, or remove this one"
         )
     if path.exists() and not path.is_dir():
         raise RunExistsError(f"{path}: is a file, not a folder; choose another name with --run")

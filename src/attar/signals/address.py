@@ -69,7 +69,7 @@ def module_at(model: nn.Module, address: Address, whose: str = "model") -> nn.Mo
         said = suggest(address.path, names)
         if said.startswith("choose"):  # nothing is near: the parts one level down say most
             said = suggest("", [name for name, _ in model.named_children()])
-        hint = "; a term without teacher: takes the student's address" * (whose == "teacher")
+        hint = " (a term without teacher: takes the student's address)" * (whose == "teacher")
         raise UsageError(
             f"'{address.text}': the {whose} has no module '{address.path}'; {said}{hint}"
         ) from None
