@@ -158,6 +158,7 @@ def report(
 
 
 def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool) -> None:
+    from attar.cli.tables import print_verdict
     from attar.recipes import run as run_recipe
     from attar.runtime import EXIT_GOAL_MISSED
 
@@ -167,8 +168,6 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool) -> None:
     if as_json:
         print((folder / "verdict.json").read_text(encoding="utf-8"), end="")
     else:
-        from attar.cli.tables import print_verdict
-
         print_verdict(verdict, whole=not quiet)
         if not quiet:
             print(f"report     {folder / 'report.html'}")
