@@ -66,7 +66,7 @@ only."""
 def main() -> int:
     options = flags(__doc__ or "")
     torch.set_num_threads(1)
-    rounds = 20 if options.quick else 500
+    rounds = 20 if options.quick else 100
     peers, absent = installed()
     measured: dict[str, dict[str, Rows]] = {}
     for problem in PROBLEMS:

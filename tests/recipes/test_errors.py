@@ -105,6 +105,10 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
         ("stages.1.epochs=1", "has no 'stages.1'"),
         ("stages.0.epochs.x=3", "nowhere to put 'stages.0.epochs.x'"),
         ("seed=!!int 3", "tags"),
+        ("stages.².epochs=1", "has no 'stages.²'"),
+        ("data.0=5", "nowhere to put 'data.0'"),
+        ("seed=2001-99-99", "'2001-99-99' is no value"),
+        ("seed=99999999999999999999", "less than"),
         ("stages=[]", "no stages"),
     ],
 )

@@ -304,3 +304,86 @@ def test_defaults_are_written_out(write: Callable[..., Path]) -> None:
     }  # fmt: skip
     assert full["stages"][0]["optimizer"]["momentum"] == 0.9
     assert full["stages"][0]["terms"][0]["projector"] is None
+
+
+def test_a_teacher_of_other_classes_is_refused(blobs: attar.data.Splits, tmp_path: Path) -> None:
+    run(small(blobs), folder=tmp_path / "first")
+    rows = blobs.train.rows(torch.arange(160))
+    renamed = attar.data.TensorSource(rows["inputs"], rows["labels"], classes=("b", "a", "c"))
+    other = small(
+        attar.data.Splits(renamed, renamed),
+        teacher=TeacherPlan(load=str(tmp_path / "first" / "teacher")),
+    )
+    with pytest.raises(DataError, match="equal numbers mean different things"):
+        run(other, folder=tmp_path / "second")
+
+
+def test_a_loaded_regression_teacher_keeps_its_units(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(300, 3)
+    labels = 100 + 20 * inputs[:, :1]
+    splits = attar.data.tensors(inputs[:200], labels[:200], inputs[200:], labels[200:])
+    recipe = small(
+        splits,
+        task=attar.tasks.Regression,
+        stages=[partial(attar.distill, terms=[attar.Term(attar.losses.mse)], epochs=1)],
+    )
+    first = run(recipe, folder=tmp_path / "first")
+    again = run(
+        Recipe(**{**vars(recipe), "seed": 7, "validation": 0.4,
+                  "teacher": TeacherPlan(load=str(tmp_path / "first" / "teacher"))}),
+        folder=tmp_path / "second",
+    )  # fmt: skip
+    rmse = [verdict.models["teacher"].scores["rmse"] for verdict in (first, again)]
+    assert rmse[0] == pytest.approx(rmse[1], rel=1e-6)
+
+
+def test_a_loss_with_weights_starts_anew_in_every_seed(
+    blobs: attar.data.Splits, tmp_path: Path
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+            return attar.losses.mse(student * self.scale, teacher)
+
+    loss = Scaled()
+    stage = partial(attar.distill, terms=[attar.Term(loss)], epochs=1, batch_size=16)
+    run(small(blobs, stages=[stage], seeds=2), folder=tmp_path / "run")
+    assert torch.equal(loss.scale, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stages": [partial(attar.distill, epochs=1, terms=[])]}, "has no terms"),
+        ({"stages": [partial(attar.distill, seed=3, terms=[SOFT])]}, "'seed' is the recipe's own"),
+        ({"stages": [print]}, "a stage is distill or train, not print"),
+        ({"student": lambda: nn.Linear(9, 3)}, r"cannot read inputs \[2\]"),
+        ({"student": lambda: nn.Linear(2, 7)}, "task has 3 classes"),
+    ],
+)
+def test_what_a_python_recipe_gets_wrong_is_said_before_training(
+    blobs: attar.data.Splits, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(AttarError, match=says):
+        run(small(blobs, **change), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"seeds": 0}, {"seed": -1}, {"validation": 1.0}])
+def test_a_python_recipe_has_the_ranges_of_a_file(
+    blobs: attar.data.Splits, change: dict[str, Any]
+) -> None:
+    with pytest.raises(AttarError, match=r"give 1 or more|must be in"):
+        small(blobs, **change)
+    with pytest.raises(AttarError, match="retain 99"):
+        Goal(retain=99)
+
+
+def test_unlabelled_splits_that_judge_are_refused(blobs: attar.data.Splits, tmp_path: Path) -> None:
+    bare = attar.data.TensorSource(torch.zeros(9, 2), classes=blobs.train.classes)
+    with pytest.raises(PreflightError, match="no labels, which a verdict needs"):
+        run(small(attar.data.Splits(blobs.train, bare)), folder=tmp_path / "run")

@@ -434,3 +434,78 @@ def test_a_run_folder_holds_the_model_the_plan_and_the_log(
     assert names == {"metrics.jsonl", "plan.json", "model/model.json", "model/model.safetensors"}
     with pytest.raises(attar.runtime.RunExistsError, match="already holds a run"):
         attar.train(student, blobs.train, task_of(blobs), epochs=1, run=tmp_path / "run")
+
+
+def test_a_tied_tensor_is_averaged_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    average = Average(model, 0.9)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    average.update()
+    before = model[0].weight.detach().clone()
+    average.swap()
+    assert not torch.equal(model[0].weight, before)
+    average.swap()
+    assert torch.equal(model[0].weight, before)
+
+
+def norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+def test_a_divergence_leaves_sound_statistics(blobs: attar.data.Splits) -> None:
+    model = norms()
+    with pytest.raises(DivergedError):
+        attar.train(model, Poisoned(blobs.train, at=2), task_of(blobs), epochs=1, batch_size=16)
+    assert all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
+
+
+def test_a_norm_frozen_on_purpose_stays_frozen(blobs: attar.data.Splits) -> None:
+    model = norms().train()
+    model[1].eval()
+    attar.train(model, blobs.train, task_of(blobs), epochs=1, batch_size=16)
+    assert model[1].num_batches_tracked == 0
+    loaded = norms().eval()
+    attar.train(loaded, blobs.train, task_of(blobs), epochs=1, batch_size=16)
+    assert loaded[1].num_batches_tracked == 10
+
+
+def test_a_last_batch_of_one_is_refused_where_it_cannot_be_trained_on(
+    blobs: attar.data.Splits, net: partial[nn.Module]
+) -> None:
+    with pytest.raises(PreflightError, match="last batch of 160 examples is a single one"):
+        attar.train(norms(), blobs.train, task_of(blobs), epochs=1, batch_size=53)
+    attar.train(net(), blobs.train, task_of(blobs), epochs=1, batch_size=53)
+
+
+def test_a_failed_projector_leaves_no_hook(
+    blobs: attar.data.Splits, net: partial[nn.Module]
+) -> None:
+    def broken(student: Tensor, teacher: Tensor) -> nn.Module:
+        raise UsageError("no projector today")
+
+    student, term = net(), Term(mse, "feature:body", projector=broken)
+    with pytest.raises(UsageError, match="today"):
+        attar.distill(student, net(seed=5), blobs.train, task_of(blobs), [term], epochs=1)
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [(lambda batch: {}, r"open\(addresses, device\)"), ("gpt", "the teacher is a str")],
+)
+def test_what_is_no_teacher_is_refused(
+    blobs: attar.data.Splits, net: partial[nn.Module], teacher: Any, says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        attar.distill(net(), teacher, blobs.train, task_of(blobs), [SOFT], epochs=1)
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), None])
+def test_a_label_weight_that_is_none_is_refused(
+    blobs: attar.data.Splits, net: partial[nn.Module], weight: Any
+) -> None:
+    with pytest.raises(PreflightError, match="label_weight is"):
+        attar.distill(net(), net(seed=5), blobs.train, task_of(blobs), [SOFT], label_weight=weight)

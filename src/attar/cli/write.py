@@ -80,10 +80,14 @@ def evaluate_model(
     from attar.tasks import restore
 
     options, _ = reader(data, target=target, regression=regression)
+    extra = read_extra(model)
+    saved = extra.get("data")
+    if isinstance(saved, dict) and all(saved.get(k) == options.get(k) for k in ("name", "train")):
+        options = saved  # split as the model's own run split it: no row it was trained on
     document = parse(json.dumps(options), "--data")
     known = rooms(plugins)
     splits = Resolver(document, known).choice(document.value, "readers", ())()
     test = splits[-1]
-    task = restore(read_extra(model).get("task")).fitted(test)
+    task = restore(extra.get("task")).fitted(test)
     added = {name: make for name, make in known["models"].items() if name not in families()}
     return evaluate(load(model, families=added), test, task)

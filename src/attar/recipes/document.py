@@ -69,16 +69,18 @@ def parse(text: str, name: str = "recipe") -> Document:
     try:
         _refuse_tricks(text, name)
         node = _yaml().compose(text)
+        document = Document(name, None)
+        if node is None:
+            raise PreflightError(
+                f"{name}: is empty; a recipe starts with task, data, teacher, student"
+            )
+        document.value = _build(node, (), document)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise PreflightError(f"{where}: {error.problem or 'is not YAML'}") from None
     except YAMLError as error:
         raise PreflightError(f"{name}: is not YAML: {str(error).splitlines()[0]}") from None
-    document = Document(name, None)
-    if node is None:
-        raise PreflightError(f"{name}: is empty; a recipe starts with task, data, teacher, student")
-    document.value = _build(node, (), document)
     return document
 
 
@@ -88,10 +90,12 @@ def set_value(document: Document, override: str) -> None:
     path_text, sign, value_text = override.partition("=")
     if not sign or not path_text:
         raise PreflightError(f"{where}: write PATH=VALUE, such as stages.0.epochs=5")
-    path: Path_ = tuple(int(p) if p.isdigit() else p for p in path_text.strip().split("."))
+    path: Path_ = tuple(
+        int(p) if p.isascii() and p.isdigit() else p for p in path_text.strip().split(".")
+    )
     changed = parse(value_text or "null", where)
     holder = _holder(document.value, path, where)
-    fits = isinstance(holder, dict) or (
+    fits = (isinstance(holder, dict) and isinstance(path[-1], str)) or (
         isinstance(holder, list) and isinstance(path[-1], int) and path[-1] < len(holder)
     )
     if not fits:
@@ -164,7 +168,10 @@ def _build_mapping(node: MappingNode, path: Path_, document: Document) -> dict[s
 
 
 def _scalar(node: Node) -> Any:
-    return _yaml().constructor.construct_object(node, deep=True)
+    try:
+        return _yaml().constructor.construct_object(node, deep=True)
+    except ValueError as error:  # an impossible date, a number of thousands of digits
+        raise YAMLError(f"'{node.value[:40]}' is no value ({error})") from None
 
 
 def _place(node: Node, document: Document) -> str:

@@ -14,14 +14,15 @@ from torch import nn
 
 from attar.data import Source, split
 from attar.evaluation import bootstrap, collect, count_macs
-from attar.models import build, load, load_weights
+from attar.models import build, load, load_weights, read_extra
 from attar.recipes.recipe import Recipe, TeacherPlan
-from attar.runtime import PreflightError
-from attar.tasks import Task
+from attar.recipes.rooms import SUPPLIED
+from attar.runtime import PreflightError, eval_mode
+from attar.tasks import Regression, Task, restore
 from attar.tasks.task import Rows
 from attar.teachers import Teacher
+from attar.training import Term, distill, train
 from attar.training import check as check_stage
-from attar.training import distill
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,32 @@ def prepare(recipe: Recipe) -> Job:
     """Read the data, settle the task, make or load the teacher; trains nothing."""
     splits = recipe.data if isinstance(recipe.data, tuple) else recipe.data()
     train, validation, test = _three(splits, recipe)
-    task = recipe.task if isinstance(recipe.task, Task) else recipe.task()
-    task = task.fitted(train)
+    task = _task(recipe).fitted(train)
     for part in (validation, test):
+        if part.labels is None:
+            raise PreflightError(f"{part.name}: has no labels, which a verdict needs")
         task.fitted(part)
     common = {"device": recipe.device, "precision": recipe.precision}
     job = Job(recipe, train, validation, test, task, nn.Identity(), common)
     return replace(job, teacher=seeded(recipe.seed, partial(_teacher_model, job)))
+
+
+def _task(recipe: Recipe) -> Task:
+    """The recipe's task; a loaded teacher's regression keeps the units it was trained in."""
+    task = recipe.task if isinstance(recipe.task, Task) else recipe.task()
+    taught = _taught_task(recipe)
+    if isinstance(task, Regression) and isinstance(taught, Regression) and task.mean is None:
+        return taught
+    return task
+
+
+def _taught_task(recipe: Recipe) -> Task | None:
+    """The task that a loaded teacher was saved with."""
+    plan = recipe.teacher
+    if not isinstance(plan, TeacherPlan) or plan.load is None or plan.model is not None:
+        return None
+    described = read_extra(plan.load).get("task")
+    return None if described is None else restore(described)
 
 
 def _three(splits: Sequence[Source], recipe: Recipe) -> tuple[Source, Source, Source]:
@@ -89,6 +109,8 @@ def _teacher_model(job: Job) -> nn.Module:
         return plan
     if plan.model is None:
         assert plan.load is not None
+        if taught := _taught_task(job.recipe):
+            taught.fitted(job.train)  # the same classes in the same order
         return load(plan.load)
     model = made_model(plan.model, job)
     if plan.load is not None:
@@ -148,15 +170,20 @@ def check_job(job: Job) -> dict[str, Any]:
 
 
 def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
-    inputs = job.train.rows(torch.arange(1))["inputs"]
+    batch = job.train.rows(torch.arange(1))
+    with eval_mode(model), torch.no_grad():
+        job.task.try_forward(model, batch, "model")
     return {
         "model": getattr(model, "attar_build", {}).get("family", type(model).__name__),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "macs": count_macs(model, inputs),
+        "macs": count_macs(model, batch["inputs"]),
     }
 
 
 def _checked(job: Job, student: nn.Module, stage: Any) -> dict[str, Any]:
+    if job.labelled:
+        _, plain = stage_of(job, stage, with_teacher=False)
+        check_stage(student, None, job.train, job.task, **plain)
     teacher, options = stage_of(job, stage, with_teacher=True)
     return check_stage(student, teacher, job.train, job.task, **options).to_json()
 
@@ -165,10 +192,24 @@ def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | Non
     """The teacher and options of a stage; without the teacher it is the baseline's stage."""
     options = dict(stage.keywords) if isinstance(stage, partial) else {}
     verb = stage.func if isinstance(stage, partial) else stage
+    if verb not in (distill, train):
+        raise PreflightError(f"a stage is distill or train, not {getattr(verb, '__name__', verb)}")
+    if taken := options.keys() & SUPPLIED["stages"]:
+        raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
+    if verb is distill and not options.get("terms"):
+        raise PreflightError("a distill stage has no terms: nothing would be asked of the teacher")
+    # A loss with weights of its own starts anew in every seed.
+    options["terms"] = [_fresh(term) for term in options.get("terms", ())]
     if verb is not distill or not with_teacher:
         options = {k: v for k, v in options.items() if k not in ("terms", "label_weight")}
         return None, {"label_weight": 1.0, **job.common, **options}
     return Teacher(job.teacher, job.task), {**job.common, **options}
+
+
+def _fresh(term: Term) -> Term:
+    return (
+        replace(term, loss=copy.deepcopy(term.loss)) if isinstance(term.loss, nn.Module) else term
+    )
 
 
 def check_floor(job: Job) -> None:

@@ -16,8 +16,10 @@ from attar.models.types import Model
 from attar.recipes import document as documents
 from attar.recipes.resolve import Resolver
 from attar.recipes.rooms import rooms
-from attar.runtime import PreflightError
+from attar.runtime import PreflightError, UsageError
 from attar.tasks import Task
+
+MOST_SEED = 2**62  # below it every seed of a run fits torch's generator
 
 TaskChoice = Annotated[Callable[..., Task], "room:tasks"]
 Stage = Annotated[Callable[..., nn.Module], "room:stages"]
@@ -52,6 +54,10 @@ class Goal:
 
     retain: Annotated[float, Interval(gt=0, le=1)]
 
+    def __post_init__(self) -> None:
+        if not 0 < self.retain <= 1:
+            raise UsageError(f"the goal is to retain {self.retain}; it must be in (0, 1]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -81,12 +87,18 @@ class Recipe:
     stages: Sequence[Stage]
     goal: Goal | None = None
     validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Interval(ge=0, lt=MOST_SEED)] = 0
     seeds: Annotated[int, Ge(1)] = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.seeds < 1 or not 0 <= self.seed < MOST_SEED:
+            raise UsageError(
+                f"seeds is {self.seeds}, seed is {self.seed}; give 1 or more, 0 or more"
+            )
+        if not 0 < self.validation < 1:
+            raise UsageError(f"validation is {self.validation}; it must be in (0, 1)")
         if not self.stages:
             raise ValueError("the recipe has no stages; add one, such as - do: distill")
 

@@ -95,7 +95,7 @@ def _torch_optimizers() -> Room:
         for name, kind in vars(torch.optim).items()
         if inspect.isclass(kind)
         and issubclass(kind, torch.optim.Optimizer)
-        and kind is not torch.optim.Optimizer
+        and kind not in (torch.optim.Optimizer, torch.optim.SparseAdam, torch.optim.LBFGS)
     }
 
 

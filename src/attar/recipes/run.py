@@ -75,7 +75,7 @@ def run(
         home.write("plan.json", plans)
         say(_described(job))
         taught = _teach(job, home, say, progress)
-        arms = _students(job, home, say, progress)
+        arms = _students(job, home, say, progress, loaded.full.get("data"))
         verdict = _judged(job, home, taught, arms)
         home.write("verdict.json", verdict.to_json() | {"environment": _environment(loaded, job)})
     page(place)
@@ -153,7 +153,7 @@ def _teach(job: Job, home: Run, say: Say, progress: bool | None) -> Arm:
     return arm
 
 
-def _students(job: Job, home: Run, say: Say, progress: bool | None) -> dict[str, Arm]:
+def _students(job: Job, home: Run, say: Say, progress: bool | None, data: Any) -> dict[str, Arm]:
     arms = {"start": Arm(), "baseline": Arm(), "distilled": Arm()}
     for number in range(job.recipe.seeds):
         start = job.student(number)
@@ -168,7 +168,7 @@ def _students(job: Job, home: Run, say: Say, progress: bool | None) -> dict[str,
             say(f"{name + of:<16}{_score(job, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
-            _save_best(job, home, arms[name], "student" if name == "distilled" else name)
+            _save_best(job, home, arms[name], "student" if name == "distilled" else name, data)
     return arms
 
 
@@ -214,12 +214,12 @@ def _marked(home: Run, **mark: Any) -> Log:
     return lambda record: home.log(mark | record)
 
 
-def _save_best(job: Job, home: Run, arm: Arm, folder: str) -> None:
+def _save_best(job: Job, home: Run, arm: Arm, folder: str, data: Any) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
     sign = 1 if job.task.higher_is_better else -1
-    scores = [max(sign * r[job.task.metric] for r in f.history) for f in arm.finals]
+    scores = [sign * f.history[f.kept_epoch][job.task.metric] for f in arm.finals]
     best = scores.index(max(scores))
-    extra = {"task": job.task.describe(), "seed": job.recipe.seed + best}
+    extra = {"task": job.task.describe(), "seed": job.recipe.seed + best, "data": data}
     save(arm.finals[best].student, home.folder / folder, extra=extra)
 
 

@@ -60,6 +60,12 @@ class Classification(Task):
                 f"the task has {self.width} classes but {source.name} has {len(known)}; "
                 "make them agree, or leave the task's classes out"
             )
+        own = None if isinstance(self.classes, int) else self.classes
+        if known is not None and own is not None and tuple(known) != own:
+            raise DataError(
+                f"the task's classes are {', '.join(own[:6])} but {source.name} has "
+                f"{', '.join(known[:6])}, so equal numbers mean different things"
+            )
         settled = replace(self, classes=self.classes if known is None else known)
         _check_labels(source, settled.width or 0)
         return settled
@@ -123,8 +129,9 @@ class Classification(Task):
         return {"agreement": float(same.double().mean()), "kl": float(divergence)}
 
     def describe(self) -> dict[str, Any]:
-        """The class names in order of their numbers."""
-        return super().describe() | {"classes": self.names()}
+        """The class names in order of their numbers, or how many there are."""
+        named = self.classes is None or isinstance(self.classes, int)
+        return super().describe() | {"classes": self.classes if named else self.names()}
 
     def floor(self, labels: Tensor) -> float:
         """The share of the most frequent class."""

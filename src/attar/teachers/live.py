@@ -45,8 +45,8 @@ class Teacher:
         self._outputs = [
             (text, text.removeprefix("output:")) for text in wanted if text.startswith("output:")
         ]
-        self._tap = Tap(self.model, wanted, "teacher").open()
         self._modes = modes_of(self.model)
+        self._tap = Tap(self.model, wanted, "teacher").open()
         self.model.eval()
         if device is not None:
             self.model.to(device)
@@ -90,4 +90,5 @@ class Teacher:
 
     def _versions(self) -> dict[str, int]:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return {name: tensor._version for name, tensor in named}
+        # A tensor made under inference_mode counts no versions; it cannot be trained either.
+        return {name: tensor._version for name, tensor in named if not tensor.is_inference()}

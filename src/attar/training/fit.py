@@ -18,6 +18,8 @@ from attar.evaluation import collect
 from attar.models import save
 from attar.runtime import (
     Bar,
+    DataError,
+    DivergedError,
     PreflightError,
     Run,
     UsageError,
@@ -37,6 +39,7 @@ from attar.training.plan import Plan, make_plan
 from attar.training.preflight import (
     StagePlan,
     check_labels,
+    check_last_batch,
     check_pair,
     dry_pass,
     plan_stage,
@@ -58,6 +61,7 @@ class Fit:
     student: nn.Module
     last: State
     best_epoch: int | None
+    kept_epoch: int
     history: list[dict[str, Any]]
     plan: StagePlan
     seconds: float
@@ -74,6 +78,13 @@ class Stage:
     shapes: StagePlan
     device: torch.device
     dtype: torch.dtype | None
+    frozen: list[nn.Module]
+
+    def train(self) -> None:
+        """Training mode, but for parts that a student in training had in eval on purpose."""
+        self.objective.train()
+        for part in self.frozen:
+            part.training = False
 
 
 @contextmanager
@@ -94,32 +105,57 @@ def prepared(
         raise PreflightError(f"the terms ask a teacher for {asked[0]}, but there is no teacher")
     if not asked:
         teacher = None  # nothing to ask it: the terms are on labels and on the student alone
+    teacher = _as_teacher(teacher, task)
     check_pair(student, teacher)
     modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _opened(teacher, asked, device):
         torch.manual_seed(plan.seed)
-        student.to(device)
-        batch = to_device(_first_batch(data, plan), device)
-        _try_models(student, teacher, task, batch)
-        told = teacher(batch) if teacher is not None else {}
-        objective = Objective(
-            student,
-            task,
-            terms,
-            label_weight=label_weight,
-            example=(batch, told),
-            precision=dtype,
-        ).to(device)
         try:
-            check_labels(task, batch, objective)
-            make_optimizer(plan.optimizer, objective)
-            shapes = plan_stage(objective, teacher, data, plan, dry_pass(objective, batch, told))
-            yield Stage(objective, teacher, plan, shapes, device, dtype)
+            student.to(device)
+            batch = to_device(_first_batch(data, plan), device)
+            _try_models(student, teacher, task, batch)
+            with Objective(
+                student,
+                task,
+                terms,
+                label_weight=label_weight,
+                example=(batch, told := _told(teacher, asked, batch)),
+                precision=dtype,
+            ).to(device) as objective:
+                check_labels(task, batch, objective)
+                make_optimizer(plan.optimizer, objective)
+                check_last_batch(student, task, batch, len(data), plan)
+                shapes = dry_pass(objective, batch, told)
+                stage = plan_stage(objective, teacher, data, plan, shapes)
+                frozen = [part for part, mode in modes if modes[0][1] and not mode]
+                yield Stage(objective, teacher, plan, stage, device, dtype, frozen)
         finally:
-            objective.close()
             restore_modes(modes)
             student.to(home)
+
+
+def _as_teacher(teacher: Any, task: Task) -> Any:
+    """A bare module becomes a teacher; what cannot answer like one is refused."""
+    if isinstance(teacher, nn.Module):
+        return Teacher(teacher, task)
+    if teacher is not None and not all(hasattr(teacher, name) for name in ("open", "close")):
+        raise UsageError(
+            f"the teacher is a {type(teacher).__name__}; give an attar.Teacher, a module, or an "
+            "object with open(addresses, device), close() and (batch) -> {address: tensor}"
+        )
+    return teacher
+
+
+def _told(teacher: Any, asked: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if teacher is None:
+        return {}
+    told = teacher(batch)
+    if missing := [address for address in asked if address not in told]:
+        raise PreflightError(f"the teacher was asked for {missing[0]} and did not answer it")
+    if hasattr(teacher, "check"):
+        teacher.check()
+    return told
 
 
 @contextmanager
@@ -127,8 +163,8 @@ def _opened(teacher: Any, asked: list[str], device: torch.device) -> Iterator[No
     if teacher is None:
         yield
         return
-    teacher.open(asked, device)
     try:
+        teacher.open(asked, device)
         yield
     finally:
         teacher.close()
@@ -184,6 +220,10 @@ def fit(
     Args are those of `distill`; ``log`` is given each record, ``label`` names the progress bar.
     """
     plan, task = make_plan(options), task.fitted(data)
+    if validation is not None:
+        if validation.labels is None:
+            raise PreflightError(f"{validation.name}: has no labels to validate against")
+        task.fitted(validation)
     start = perf_counter()
     with (
         prepared(student, teacher, data, task, terms, label_weight, plan) as stage,
@@ -201,7 +241,7 @@ def fit(
         )
         chosen = _Chosen(task, plan.keep if validation is not None else "last")
         for number in range(plan.epochs):
-            stage.objective.train()
+            stage.train()
             batches = data.epoch(
                 number, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment
             )
@@ -214,6 +254,7 @@ def fit(
         student=student,
         last=last,
         best_epoch=chosen.epoch,
+        kept_epoch=plan.epochs - 1 if chosen.state is None else chosen.epoch or 0,
         history=chosen.history,
         plan=stage.shapes,
         seconds=perf_counter() - start,
@@ -240,7 +281,10 @@ def _close_epoch(
     if validation is not None:
         if stage.teacher is not None and hasattr(stage.teacher, "check"):
             stage.teacher.check()
-        rows = collect(student, validation, chosen.task, device=stage.device)
+        try:
+            rows = collect(student, validation, chosen.task, device=stage.device)
+        except DataError as error:
+            raise DivergedError(f"epoch {number + 1}: {error}") from error
         scores = chosen.task.score(rows)
         record = {"split": "validation", "epoch": number, "step": loop.done, **scores}
         chosen.offer(number, record, student)
@@ -310,8 +354,6 @@ def distill(
         AttarError: whatever is wrong, in one sentence, before the first batch.
         DivergedError: a loss or gradient is not finite; the weights are from before that step.
     """
-    if isinstance(teacher, nn.Module):
-        teacher = Teacher(teacher, task)
     told = {"label_weight": label_weight, "validation": validation, "progress": progress}
     return _verb(run, student, teacher, data, task, terms, label="distill", **told, **options)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from attar.runtime import DivergedError, to_device
+from attar.runtime import DivergedError, eval_mode, to_device
 from attar.training.objective import Counts, Objective
 from attar.training.optimization import Average, make_optimizer
 from attar.training.plan import Plan
@@ -72,12 +72,14 @@ class Loop:
         self.teacher_seconds = 0.0
         self._log = log
         self._watch = watch
+        self._statistics: list[Tensor] = []
         self._loss = 0.0
         self._pending: list[tuple[list[Tensor], list[float]]] = []
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take every step of one epoch."""
+        self._statistics = [buffer.clone() for buffer in self.objective.student.buffers()]
         for window in windows(batches, self.plan.accumulate):
             loss = self.step(window)
             if self._watch is not None:
@@ -136,7 +138,11 @@ class Loop:
             return False
         for parameter in self.parameters:
             parameter.grad = None
-        raise DivergedError(self._blame(window, counts, progress))
+        # The pass that went wrong has written to batch statistics; the epoch's start is sound.
+        for buffer, known in zip(self.objective.student.buffers(), self._statistics, strict=True):
+            buffer.copy_(known)
+        with eval_mode(self.objective):  # the search for the cause moves no statistics
+            raise DivergedError(self._blame(window, counts, progress))
 
     def _update(self) -> None:
         if self.scaler is None:

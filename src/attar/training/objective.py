@@ -82,6 +82,8 @@ class Objective(Closing, nn.Module):
         precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not (isinstance(label_weight, int | float) and 0 <= label_weight < float("inf")):
+            raise PreflightError(f"label_weight is {label_weight}; it must be 0 or more")
         if label_weight == 0 and not terms:
             raise PreflightError("there is nothing to learn: no term, and label_weight is 0")
         self.student = student
@@ -98,7 +100,11 @@ class Objective(Closing, nn.Module):
         self._outputs = [(a, a.removeprefix("output:")) for a in self._addresses if "output:" in a]
         self._tap = Tap(student, self._addresses, "student")
         self._tap.open()
-        self._size_projectors(terms, example)
+        try:
+            self._size_projectors(terms, example)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def bound(self) -> Sequence[BoundTerm]:

@@ -150,7 +150,9 @@ class Average:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self._live = [t for t in module.state_dict().values() if t.is_floating_point()]
+        # A tied tensor has several names and is averaged once.
+        tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
+        self._live = list({(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values())
         self._mean = [tensor.detach().clone() for tensor in self._live]
         self._decay = decay
         self.updates = 0

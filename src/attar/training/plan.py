@@ -45,7 +45,7 @@ class Plan:
     average: Annotated[float, Interval(gt=0, lt=1)] | None = None
     augment: Sequence[Augmentation] = ()
     keep: Literal["best", "last"] = "best"
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     log_every: Annotated[int, Ge(1)] = 50

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attar.runtime import AttarError, PreflightError, eval_mode
@@ -90,7 +92,42 @@ def dry_pass(
     """One batch in eval mode: every term must have a value, a gradient and shapes that agree."""
     with eval_mode(objective):
         heard = objective.signals(batch)
+        _dry_labels(objective, batch)
         return [_dry_term(objective, term, heard, told, batch) for term in objective.bound]
+
+
+def _dry_labels(objective: Objective, batch: dict[str, Tensor]) -> None:
+    task = objective.task
+    out = task.forward(objective.student, batch)
+    main = task.output(out, task.outputs[0])
+    if objective.label_weight == 0:
+        return
+    value = task.loss(out, batch)
+    if value.ndim != 1:
+        raise PreflightError(
+            f"the task's loss returned shape {list(value.shape)}; it must give one value a position"
+        )
+    if not value.requires_grad:
+        raise PreflightError(
+            f"the labels carry no gradient to the student: its output {list(main.shape)} does not "
+            "depend on any parameter that is trained"
+        )
+
+
+def check_last_batch(
+    student: nn.Module, task: Task, batch: dict[str, Tensor], examples: int, plan: Plan
+) -> None:
+    """Batch statistics need two values: refuse a last batch of one before an epoch is spent."""
+    if (examples % plan.batch_size or plan.batch_size) != 1:
+        return
+    try:
+        with torch.no_grad():
+            task.forward(copy.deepcopy(student).train(), {k: v[:1] for k, v in batch.items()})
+    except ValueError as error:
+        raise PreflightError(
+            f"with batch_size {plan.batch_size} the last batch of {examples} examples is a single "
+            f"one, which the student cannot be trained on ({_first_line(error)}); choose another"
+        ) from error
 
 
 def _dry_term(
@@ -156,7 +193,9 @@ def plan_stage(
         steps=steps_of(len(data), plan),
         student_parameters=sum(p.numel() for p in student.parameters()),
         trained_parameters=trained,
-        teacher_parameters=sum(p.numel() for p in model.parameters()) if model else None,
+        teacher_parameters=sum(p.numel() for p in model.parameters())
+        if isinstance(model, nn.Module)
+        else None,
         projector_parameters=projectors,
         checkpoint_bytes=STATE_COPIES
         * sum(t.numel() * t.element_size() for t in objective.state_dict().values()),
