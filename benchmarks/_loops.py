@@ -235,8 +235,11 @@ def as_dict(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {"inputs": inputs, "labels": labels}
 
 
-def torchdistill_loop(*, bare: bool) -> Loop:
-    """Its DistillationBox with the meters and the guard of its examples; *bare*, the box alone."""
+def torchdistill_loop(*, bare: bool = False, guarded: bool = False) -> Loop:
+    """Its DistillationBox with the meters and the check of the loss of its examples.
+
+    *bare*: the box alone. *guarded*: with the guard by hand as well, as a hook before the step.
+    """
     with _torchvision():
         from torchdistill.core.distillation import DistillationBox
         from torchdistill.misc.log import MetricLogger
@@ -259,6 +262,9 @@ def torchdistill_loop(*, bare: bool) -> Loop:
             teacher, student, {}, stage, torch.device("cpu"), None, distributed=False, lr_factor=1
         )
         box.pre_epoch_process(epoch=0)
+        if guarded:
+            parameters = list(student.parameters())
+            box.optimizer.register_step_pre_hook(lambda *_: _check_norm(parameters))
         batches, meters = Batches(problem, gate, as_pair), MetricLogger()
         for inputs, labels in batches if bare else meters.log_every(batches, LOG_EVERY):
             loss = box.forward_process(inputs, labels, None)
@@ -271,6 +277,11 @@ def torchdistill_loop(*, bare: bool) -> Loop:
         return student
 
     return loop
+
+
+def _check_norm(parameters: list[nn.Parameter]) -> None:
+    if not math.isfinite(get_total_norm([p.grad for p in parameters]).item()):
+        raise FloatingPointError("a gradient is not finite")
 
 
 _END = (("path", "."), ("io", "output"))
@@ -418,7 +429,8 @@ def _loader(problem: Problem, gate: Gate) -> torch.utils.data.DataLoader:
 # The peers by the name of their row, each a function that imports the framework: first those that
 # can be handed ready batches, then those that are left their usual data loaders.
 READY_DATA: dict[str, Callable[[], Loop]] = {
-    "torchdistill": partial(torchdistill_loop, bare=False),
+    "torchdistill, guarded": partial(torchdistill_loop, guarded=True),
+    "torchdistill, loss guard": torchdistill_loop,
     "torchdistill, bare": partial(torchdistill_loop, bare=True),
     "Accelerate": accelerate_loop,
     "HF Trainer, bare": partial(hugging_face_loop, bare=True),

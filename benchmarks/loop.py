@@ -56,9 +56,10 @@ First half: every loop is handed batches that are ready in memory, so data costs
 half: a loop makes its own batches and their time counts; by hand and attar index a tensor, the
 others have a DataLoader over single examples, as in their tutorials.
 Logs: attar, torchdistill, HF default, Lightning default. Guards: by hand, attar: the loss and the
-norm of the gradient (by hand: torch's get_total_norm) are finite; torchdistill: the loss, as in its
-examples; HF default: clips the norm to 1. Accelerate and all that is bare have neither log nor
-guard, and what is bare is not judged.
+norm of the gradient (by hand: torch's get_total_norm) are finite; torchdistill, guarded: the same;
+torchdistill, loss guard: the loss alone, as in its examples; HF default: clips the norm to 1.
+Accelerate and all that is bare have neither log nor guard. What is bare or guards the loss alone
+does less and is not judged.
 One thread; {TURN} steps a turn, the first {WARM} not counted; garbage is collected between turns
 only."""
 
@@ -172,7 +173,7 @@ def judge(name: str, halves: Mapping[str, Rows]) -> list[Goal]:
             Goal(f"{name}: attar / {peer}", row["attar_of_it"], 1.0)
             for rows in halves.values()
             for peer, row in rows.items()
-            if peer not in (HAND, AGAIN, OURS) and "bare" not in peer
+            if peer not in (HAND, AGAIN, OURS) and not peer.endswith(("bare", "loss guard"))
         ),
     ]
 

@@ -99,7 +99,7 @@ def test_every_command_of_a_page_parses(page: Path) -> None:
             assert words[1] in group.commands, words
             group.commands[words[1]].make_context(words[1], words[2:])
         else:
-            assert words[0] in {"source", "export"}, words
+            assert words[0] in {"source", "export", "python"}, words
 
 
 def test_every_recipe_that_the_readme_checks_passes(
