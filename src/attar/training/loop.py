@@ -74,11 +74,7 @@ class Loop:
         self._watch = watch
         self._statistics: list[Tensor] = []
         self._loss = 0.0
-        self._sums = torch.zeros(
-            plan.log_every * plan.accumulate, len(objective.names), device=device
-        )
-        self._places = [list(row.unbind()) for row in self._sums] if log is not None else []
-        self._scales: list[list[float]] = []
+        self._pending: list[tuple[list[Tensor], list[float]]] = []
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -120,12 +116,9 @@ class Loop:
         (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
         loss = parts.loss.item()
         if self._log is not None:
-            # Metrics stay tensors until a record is due, so that no step waits for one to be read;
-            # they are summed into places made once, so that no step leaves memory behind.
+            # Metrics stay tensors until a record is due, so that no step waits for one to be read.
             self._loss += loss
-            for value, place in zip(parts.values, self._places[len(self._scales)], strict=True):
-                torch.sum(value.view(-1), 0, out=place)
-            self._scales.append(parts.scales)
+            self._pending.append((parts.values, parts.scales))
         return loss
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
@@ -185,20 +178,28 @@ class Loop:
     def _report(self, epoch: int) -> None:
         assert self._log is not None
         steps = self.done - self._reported
-        scaled = self._sums[: len(self._scales)].cpu() * torch.tensor(self._scales)
-        terms = (scaled.sum(0, dtype=torch.float64) / steps).tolist()
+        columns = zip(*(zip(*taken, strict=True) for taken in self._pending), strict=True)
+        names = self.objective.names
         self._log(
             {
                 "split": "train",
                 "epoch": epoch,
                 "step": self.done,
                 "loss": self._loss / steps,
-                "terms": dict(zip(self.objective.names, terms, strict=True)),
+                "terms": {n: _total(c) / steps for n, c in zip(names, columns, strict=True)},
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
         )
         self._reported, self._loss = self.done, 0.0
-        self._scales.clear()
+        self._pending.clear()
+
+
+def _total(column: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of scaled values; those of one scale are joined, so that few tensors are read."""
+    groups: dict[float, list[Tensor]] = {}
+    for value, scale in column:
+        groups.setdefault(scale, []).append(value.reshape(-1))
+    return sum(torch.cat(values).sum().item() * scale for scale, values in groups.items())
 
 
 def gradient_norm(grads: list[Tensor]) -> float:
