@@ -372,11 +372,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "says"), REFUSED, ids=[str(o) for o, _ in REFUSED])
 def test_wrong_options_are_refused_before_training(
-    blobs: attar.data.Splits, net: partial[nn.Module], options: dict[str, Any], says: str
+    blobs: attar.data.Splits,
+    net: partial[nn.Module],
+    tmp_path: Any,
+    options: dict[str, Any],
+    says: str,
 ) -> None:
     student = net(seed=1)
     with pytest.raises(UsageError, match=says):
-        attar.train(student, blobs.train, task_of(blobs), **options)
+        attar.train(student, blobs.train, task_of(blobs), run=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
     assert torch.equal(student.head.weight, net(seed=1).head.weight)
 
 

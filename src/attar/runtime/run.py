@@ -24,12 +24,13 @@ class Run(Closing):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         check_free(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics: TextIO | None = None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to ``metrics.jsonl``; a reader sees it at once."""
         if self._metrics is None:
+            # Made at the first write: what is refused before it leaves no folder behind.
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._metrics.flush()
