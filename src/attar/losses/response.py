@@ -119,13 +119,16 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def _divergence(log_q: Tensor, log_p: Tensor, scale: float = 1.0) -> Tensor:
     """scale · Σ p (log p - log q) over the last dimension, with 0 log 0 = 0 whatever q is."""
-    p = log_p.exp()
+    p = log_p.exp().mul_(scale)
     gap = log_p - log_q
-    # Where no p is zero there is nothing to mask, and the mask's backward pass is saved; only a
-    # CPU answers that without waiting.
-    if torch.compiler.is_compiling() or p.device.type != "cpu" or not p.all():
-        gap = gap.masked_fill(p == 0, 0.0)
-    return (p.mul_(scale) * gap).sum(-1)
+    # Only 0 · inf gives a NaN here. Where there is none, a mask and its backward pass are saved;
+    # only a CPU answers that without waiting.
+    if p.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = (p * gap).sum(-1)
+        flat = value.detach().reshape(-1)
+        if not math.isnan(flat.dot(flat).item()):
+            return value
+    return (p * gap.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def decoupled_kl(

@@ -74,7 +74,7 @@ class Loop:
         self._watch = watch
         self._statistics: list[Tensor] = []
         self._loss = 0.0
-        self._pending: list[tuple[list[Tensor], list[float]]] = []
+        self._kept = Kept()
         self._reported = 0
 
     def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -116,9 +116,8 @@ class Loop:
         (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
         loss = parts.loss.item()
         if self._log is not None:
-            # Metrics stay tensors until a record is due, so that no step waits for one to be read.
             self._loss += loss
-            self._pending.append((parts.values, parts.scales))
+            self._kept.add(parts.values, parts.scales)
         return loss
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
@@ -178,20 +177,50 @@ class Loop:
     def _report(self, epoch: int) -> None:
         assert self._log is not None
         steps = self.done - self._reported
-        columns = zip(*(zip(*taken, strict=True) for taken in self._pending), strict=True)
-        names = self.objective.names
+        totals = zip(self.objective.names, self._kept.totals(), strict=True)
         self._log(
             {
                 "split": "train",
                 "epoch": epoch,
                 "step": self.done,
                 "loss": self._loss / steps,
-                "terms": {n: _total(c) / steps for n, c in zip(names, columns, strict=True)},
+                "terms": {name: total / steps for name, total in totals},
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
         )
         self._reported, self._loss = self.done, 0.0
-        self._pending.clear()
+
+
+class Kept:
+    """The values of the terms, a list a batch, until a record is due: no step waits for a number.
+
+    They are copied into places that are made once. To hold the tensors themselves costs a CPU
+    more: small blocks that outlive a step keep the allocator from giving the large ones again.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[list[Tensor]] = []
+        self._scales: list[list[float]] = []
+
+    def add(self, values: list[Tensor], scales: list[float]) -> None:
+        """Keep one batch's values, and the factors that make them its share of the step."""
+        index = len(self._scales)
+        if index == len(self._places):
+            self._places.append([torch.empty_like(value) for value in values])
+        places = self._places[index]
+        for number, value in enumerate(values):
+            if places[number].shape != value.shape:
+                places[number] = torch.empty_like(value)
+        torch._foreach_copy_(places, values)
+        self._scales.append(scales)
+
+    def totals(self) -> list[float]:
+        """Each term's sum of scaled values; forgets them."""
+        taken = zip(self._places, self._scales, strict=False)  # there may be more places
+        columns = zip(*(zip(*pair, strict=True) for pair in taken), strict=True)
+        totals = [_total(column) for column in columns]
+        self._scales.clear()
+        return totals
 
 
 def _total(column: Iterable[tuple[Tensor, float]]) -> float:
