@@ -20,7 +20,7 @@ from attar.data.checks import (
 )
 from attar.data.source import Source, row_numbers
 from attar.data.types import Batch
-from attar.runtime import DataError
+from attar.runtime import AttarError, DataError, UsageError
 
 _CHUNK = 256
 _COMPARED = 32
@@ -55,6 +55,10 @@ class DatasetSource(Source):
     A data set that draws its own random numbers gives other pixels each time it is asked:
     nothing here can key them by row. Give ``augment`` to ``epoch`` instead.
 
+    A slow data set is read ahead by ``workers`` processes; what they give is the same to the bit.
+    They are copies of this one (forked, where the platform does that), so a data set must open
+    its files anew in each process, or for each item.
+
     Parameters
     ----------
     dataset:
@@ -64,11 +68,17 @@ class DatasetSource(Source):
         if it has any and its labels are integers.
     name:
         None takes the name of the data set's class.
+    workers:
+        Processes that read rows in ``epoch`` and ``batches``; 0 reads them in this one. They
+        start anew with every pass.
 
     Raises
     ------
     DataError
-        No length, no item, or an item of another form than item 0, with its number.
+        No length, no item, an item that cannot be read, or one of another form than item 0,
+        with its number.
+    UsageError
+        A negative number of workers.
     """
 
     def __init__(
@@ -77,8 +87,14 @@ class DatasetSource(Source):
         *,
         classes: Sequence[str] | int | None = None,
         name: str | None = None,
+        workers: int = 0,
     ) -> None:
         self.name = name or type(dataset).__name__
+        if not isinstance(workers, int) or workers < 0:
+            raise UsageError(
+                f"{self.name}: workers must be an integer of at least 0, not {workers}"
+            )
+        self.workers = workers
         _check_map_style(dataset, self.name)
         self._dataset = dataset
         first = self._item(0)
@@ -97,7 +113,7 @@ class DatasetSource(Source):
     def labels(self) -> Tensor | None:
         if self._labelled and self._labels is None:
             listed = self._listed()
-            self._labels = self._read() if listed is None else listed
+            self._labels = self._read_labels() if listed is None else listed
         return self._labels
 
     def rows(self, ids: Tensor) -> Batch:
@@ -128,7 +144,15 @@ class DatasetSource(Source):
 
     def _item(self, index: int) -> _Item:
         what = f"{self.name}: item {index}"
-        value = self._dataset[index]
+        try:
+            value = self._dataset[index]
+        except AttarError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(
+                f"{what} cannot be read ({reason}); repair it or leave it out"
+            ) from error
         if isinstance(value, dict):
             if "inputs" not in value:
                 raise DataError(
@@ -164,9 +188,8 @@ class DatasetSource(Source):
                 return torch.from_numpy(label_array(array, len(self), self.classes, self.name))
         return None
 
-    def _read(self) -> Tensor:
-        ids = torch.arange(len(self)).split(_CHUNK)
-        return torch.cat([self.rows(part)["labels"] for part in ids])
+    def _read_labels(self) -> Tensor:
+        return torch.cat([batch["labels"] for batch in self.batches(_CHUNK)])
 
 
 def _check_map_style(dataset: Any, name: str) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from attar.data.checks import Array, as_floats, class_names, input_array, label_array
-from attar.data.draw import augmented, permutation
+from attar.data.draw import permutation
+from attar.data.reading import check_part, read
 from attar.data.types import Augmentation, Batch
 from attar.runtime import UsageError
 
@@ -34,11 +35,15 @@ class Source(ABC):
         The names of the classes, in order; None for regression or when unknown.
     shape:
         The shape of one input, images channels first.
+    workers:
+        How many processes read ahead in ``epoch`` and ``batches``; 0 reads where it is asked.
+        The batches are the same.
     """
 
     name: str
     classes: tuple[str, ...] | None
     shape: tuple[int, ...]
+    workers: int = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -68,37 +73,59 @@ class Source(ABC):
         seed: int,
         augment: Sequence[Augmentation] = (),
         start: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """One pass over all rows, shuffled and augmented.
 
         The order is a function of (seed, number) and the pixels of a row of (seed, number, id):
-        neither depends on the batch size or on ``start``.
+        neither depends on the batch size, on ``start``, on ``part`` or on ``workers``.
 
         Parameters
         ----------
         number:
             The epoch, from 0.
         batch_size:
-            Rows a batch; the last batch may be short.
+            Rows a batch, of all processes together; the last batch may be short.
         augment:
             Augmentations in order, each ``augmentation(batch, draw) -> batch``.
         start:
             How many batches to skip; their rows are not read.
+        part:
+            ``(rank, world)``: this process is number ``rank`` of ``world`` and reads only its
+            share of each batch, rows ``rank * n // world`` to ``(rank + 1) * n // world`` of n.
+            Where that is no row, it gets the first of the batch once more, with a scalar 1 named
+            ``idle``; such a batch must not count, and only keeps step with the others.
         """
         _at_least(0, number=number, start=start)
         _at_least(1, batch_size=batch_size)
+        check_part(part)
         if start > -(-len(self) // batch_size):
             raise UsageError(
                 f"{self.name}: start={start} is past the last of the "
                 f"{-(-len(self) // batch_size)} batches of {batch_size}; resume with the batch "
                 "size of the interrupted epoch"
             )
-        return self._epoch(number, batch_size, seed, tuple(augment), start)
+        order = permutation(len(self), seed=seed, number=number)
+        return read(
+            self,
+            order,
+            batch_size,
+            part,
+            start=start,
+            augment=tuple(augment),
+            seed=seed,
+            view=number,
+        )
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows in order of id, nothing random; the last batch may be short."""
+    def batches(self, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """All rows in order of id, nothing random; the last batch may be short.
+
+        ``part`` is as for ``epoch``.
+        """
         _at_least(1, batch_size=batch_size)
-        return map(self.rows, torch.arange(len(self)).split(batch_size))
+        check_part(part)
+        order = np.arange(len(self), dtype=np.int64)
+        return read(self, order, batch_size, part)
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the inputs along the first dimension of ``shape``.
@@ -138,22 +165,6 @@ class Source(ABC):
                 digest.update(batch[key].contiguous().numpy().tobytes())
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()
-
-    def _epoch(
-        self,
-        number: int,
-        batch_size: int,
-        seed: int,
-        augment: tuple[Augmentation, ...],
-        start: int,
-    ) -> Iterator[Batch]:
-        order = torch.from_numpy(permutation(len(self), seed=seed, number=number))
-        for first in range(start * batch_size, len(order), batch_size):
-            ids = order[first : first + batch_size]
-            if augment:
-                yield augmented(self, ids, augment, seed=seed, view=number)
-            else:
-                yield self.rows(ids)
 
     def _sample(self, most: int) -> Tensor:
         return torch.arange(0, len(self), -(-len(self) // most))
@@ -220,6 +231,7 @@ class Subset(Source):
         self.name = name or source.name
         self.classes = source.classes
         self.shape = source.shape
+        self.workers = source.workers
         self._source = source
         row_numbers(source, ids)
         if not len(ids):
