@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from attar.runtime.errors import DataError
+
+CHUNK = 1 << 20
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write *data* beside *path*, sync it and rename it into place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; what a run writes follows the user's umask instead.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
+    with naming(target):
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes private files; what a run writes follows the user's umask instead.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    sync_folder(target.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -64,9 +70,85 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError inside the name *path* where the system did not: fsync knows no names."""
     try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_new(path: Path, data: bytes) -> str:
+    """Write a file that was not there and sync it; returns the SHA-256 of *data*.
+
+    Raises:
+        OSError: with ``filename`` set; FileExistsError when the file is there.
+    """
+    digest = hashlib.sha256()
+    view = memoryview(data)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with naming(path), _descriptor(path, flags) as descriptor:
+        for start in range(0, len(view), CHUNK):
+            # Hashed while it is warm: one pass over memory for both.
+            chunk = view[start : start + CHUNK]
+            digest.update(chunk)
+            while chunk:
+                chunk = chunk[os.write(descriptor, chunk) :]
         os.fsync(descriptor)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, read once, a mebibyte at a time."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with naming(path), reading(path) as descriptor:
+        while count := os.readv(descriptor, [buffer]):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def reading(path: Path) -> AbstractContextManager[int]:
+    """A context with a descriptor of the file to read; a symbolic link is not followed."""
+    return _descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in *folder* last: what was made, renamed or removed in it."""
+    with naming(folder), _descriptor(folder, os.O_RDONLY | os.O_CLOEXEC) as descriptor:
+        os.fsync(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make *folder* and the ones above it, each synced into its parent."""
+    with naming(folder):
+        if folder.is_dir():
+            return
+        make_folder(folder.parent)
+        os.mkdir(folder)
+    sync_folder(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all it holds; a link is not followed."""
+    with naming(path):
+        if path.is_symlink() or not path.is_dir():
+            os.unlink(path)
+            return
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            remove(path / name)
+        os.rmdir(path)
+
+
+@contextmanager
+def _descriptor(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
