@@ -436,7 +436,10 @@ def test_a_run_folder_holds_the_model_the_plan_and_the_log(
     student = attar.models.build("mlp", data=blobs.train)
     attar.train(student, blobs.train, task_of(blobs), epochs=1, run=tmp_path / "run")
     names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*.*")}
-    assert names == {"metrics.jsonl", "plan.json", "model/model.json", "model/model.safetensors"}
+    shown = {name for name in names if not name.startswith(("checkpoints/", "."))}
+    assert shown == {"metrics.jsonl", "plan.json", "model/model.json", "model/model.safetensors"}
+    steps = {path.name for path in (tmp_path / "run/checkpoints/stage").glob("step-*")}
+    assert steps == {"step-000000000", "step-000000002"}
     with pytest.raises(attar.runtime.RunExistsError, match="already holds a run"):
         attar.train(student, blobs.train, task_of(blobs), epochs=1, run=tmp_path / "run")
 

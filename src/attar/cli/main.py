@@ -6,6 +6,7 @@ Rooms are imported inside the commands: `attar --help` must not wait for torch.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import typer
 EPILOG = (
     "Exit codes: 0 done; 1 the goal was missed; 3 training diverged; 64 wrong usage; 65 wrong "
     "data; 70 a fault in attar; 73 the run folder is taken; 74 input or output failed; 78 wrong "
-    "recipe or plan; 130 interrupted."
+    "recipe or plan; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -46,6 +47,17 @@ Plugins = Annotated[
         help="Python code of yours whose __all__ a recipe may name. It is run: trust it.",
     ),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the folder; start it if none is.")
+]
+AllowDrift = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-drift",
+        metavar="NAME",
+        help="With --resume: a difference to the run so far that you want, such as torch.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict's line alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -56,6 +68,8 @@ def run(
     overrides: Overrides = None,
     folder: Folder = None,
     plugin: Plugins = None,
+    resume: Resume = False,
+    allow_drift: AllowDrift = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -63,7 +77,8 @@ def run(
     from attar.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides=overrides or (), plugins=plugin or ())
-    _run(loaded, folder or Path("runs") / loaded.name, quiet, as_json)
+    place = folder or Path("runs") / loaded.name
+    _run(loaded, place, quiet, as_json, resume=resume, allow=allow_drift or ())
 
 
 @app.command()
@@ -100,6 +115,8 @@ def distill(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of teacher and student.")] = 30,
     folder: Folder = None,
     plugin: Plugins = None,
+    resume: Resume = False,
+    allow_drift: AllowDrift = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -112,7 +129,7 @@ def distill(
     place = folder or Path("runs") / f"{Path(data).stem}-{student}"
     if not (quiet or as_json):
         print(f"the recipe, which will lie at {place / 'recipe.json'}:\n\n{text}")
-    _run(loaded, place, quiet, as_json)
+    _run(loaded, place, quiet, as_json, resume=resume, allow=allow_drift or ())
 
 
 @app.command()
@@ -157,14 +174,15 @@ def report(
     print(page(run))
 
 
-def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool) -> None:
+def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any) -> None:
     from attar.cli.tables import print_verdict
     from attar.recipes import run as run_recipe
     from attar.runtime import EXIT_GOAL_MISSED
 
     silent = quiet or as_json
     say = None if silent else _say
-    verdict = run_recipe(loaded, folder=folder, say=say, progress=False if silent else None)
+    progress = False if silent else None
+    verdict = run_recipe(loaded, folder=folder, say=say, progress=progress, **resuming)
     if as_json:
         print((folder / "verdict.json").read_text(encoding="utf-8"), end="")
     else:
@@ -181,6 +199,7 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Run the command; every error is one sentence on standard error and a documented code."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 
@@ -188,14 +207,17 @@ def _guarded(command: Callable[[], Any]) -> int:
     try:
         code = command()
         return code if isinstance(code, int) else 0
-    except typer.Exit as done:
-        return done.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return _refuse("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort, typer.Exit) as stopped:
+        # typer has a code of its own for what was interrupted; the cause knows which signal it was
+        cause = stopped.__cause__ or stopped
+        if isinstance(stopped, typer.Exit) and not isinstance(cause, KeyboardInterrupt):
+            return stopped.exit_code
+        return _refuse(f"interrupted{_how_to_go_on()}", getattr(cause, "exit_code", 130))
     except BrokenPipeError:
         return 0
     except OSError as error:
-        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}", 74)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return _refuse(f"{what}{_how_to_go_on()}", 74)
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself is wrong
             return _refuse(error.format_message(), 64)
@@ -203,6 +225,21 @@ def _guarded(command: Callable[[], Any]) -> int:
             return _refuse(str(error), error.exit_code)
         traceback.print_exc()
         return _refuse(f"a fault in attar: {type(error).__name__}: {error}", 70)
+
+
+def _how_to_go_on() -> str:
+    trains = sys.argv[1:2] in (["run"], ["distill"])
+    return "; go on with the same command and --resume" if trains else ""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM outside training: what is on disk is whole at any moment, so stop here."""
+
+    exit_code = 143
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
 
 
 def _refuse(message: str, code: int) -> int:

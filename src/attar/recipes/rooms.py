@@ -30,6 +30,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "schedules": frozenset({"progress"}),
     "stages": frozenset(
         {
+            "resume",
             "student",
             "teacher",
             "data",

@@ -16,10 +16,11 @@ from attar.evaluation import Cost, Verdict, cost, judge
 from attar.models import save
 from attar.recipes.job import Job, check_floor, check_job, copied, prepare, rows_of, stage_of
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
+from attar.recipes.resume import check_resumable
 from attar.reporting import page
 from attar.runtime import PreflightError, Run, UsageError, check_free, resolve_device
 from attar.tasks.task import Rows
-from attar.training import Fit, Log, fit
+from attar.training import Fit, Home, copy_of_state, fit
 
 Say = Callable[[str], None]
 
@@ -39,12 +40,30 @@ class Arm:
         return sum(self.seconds) / len(self.seconds) if self.seconds else None
 
 
+@dataclass(frozen=True)
+class Desk:
+    """A job and what is at hand while it is done."""
+
+    job: Job
+    run: Run
+    resume: bool
+    allow: tuple[str, ...]
+    say: Say
+    progress: bool | None
+
+    def home(self, **mark: Any) -> Home:
+        """Where one stage keeps its log and its checkpoints."""
+        return Home(self.run, mark, self.resume, self.allow, self.say)
+
+
 def run(
     recipe: Recipe | Loaded | str | Path,
     *,
     folder: str | Path | None = None,
     overrides: Sequence[str] = (),
     plugins: Sequence[str] = (),
+    resume: bool = False,
+    allow: Sequence[str] = (),
     say: Say | None = None,
     progress: bool | None = None,
 ) -> Verdict:
@@ -58,27 +77,35 @@ def run(
         recipe: a file, or a ``Recipe`` built in Python.
         folder: the run folder; ``runs/NAME`` of the recipe when left out.
         overrides, plugins: as in ``load_recipe``.
+        resume: go on with the run that the folder holds; start it where there is none.
+        allow: names of differences to the run so far that are known and wanted, such as ``torch``.
         say: is told each step in a line.
         progress: draw bars; by default where standard error is a terminal.
 
     Raises:
         AttarError: whatever is wrong, in one sentence, before any training where it can be
             known by then.
+        Interrupted: Ctrl-C or SIGTERM came while a model was trained; ``resume`` goes on.
     """
     loaded = _loaded(recipe, overrides, plugins)
     place = Path(folder) if folder is not None else Path("runs") / loaded.name
-    check_free(place)
     say = say or (lambda line: None)
+    resume = resume and check_resumable(place, loaded, allow)
+    if not resume:
+        check_free(place)
     job, plans = _checked(loaded)
-    with Run(place) as home:
+    with Run(place, resume=resume) as home:
         home.write("recipe.json", loaded.full)
         home.write("plan.json", plans)
+        if loaded.plugins:
+            home.write("plugins.json", loaded.plugins)
         say(_described(job))
-        taught = _teach(job, home, say, progress)
-        arms = _students(job, home, say, progress, loaded.full.get("data"))
-        verdict = _judged(job, home, taught, arms)
+        desk = Desk(job, home, resume, tuple(allow), say, progress)
+        taught = _teach(desk)
+        arms = _students(desk, loaded.full.get("data"))
+        verdict = _judged(desk, taught, arms)
         home.write("verdict.json", verdict.to_json() | {"environment": _environment(loaded, job)})
-    page(place)
+        page(place)
     return verdict
 
 
@@ -130,9 +157,9 @@ def _loaded(
     return load_recipe(recipe, overrides=overrides, plugins=plugins)
 
 
-def _teach(job: Job, home: Run, say: Say, progress: bool | None) -> Arm:
+def _teach(desk: Desk) -> Arm:
     """Train the teacher where it is not loaded, and refuse one that has learnt nothing."""
-    arm = Arm()
+    arm, job = Arm(), desk.job
     if job.teaching is not None:
         done = fit(
             job.teacher,
@@ -140,21 +167,22 @@ def _teach(job: Job, home: Run, say: Say, progress: bool | None) -> Arm:
             job.train,
             job.task,
             validation=job.validation,
-            log=_marked(home, arm="teacher", seed=job.recipe.seed),
+            home=desk.home(arm="teacher", seed=job.recipe.seed),
             label="teacher",
-            progress=progress,
+            progress=desk.progress,
             **job.teaching,
         )
         arm.seconds.append(done.seconds)
         check_floor(job)
-        save(job.teacher, home.folder / "teacher", extra={"task": job.task.describe()})
+        save(job.teacher, desk.run.folder / "teacher", extra={"task": job.task.describe()})
     arm.rows.append(rows_of(job, job.teacher))
-    say(f"teacher    {_score(job, job.teacher)} on validation{_took(arm.mean_seconds())}")
+    desk.say(f"teacher    {_score(job, job.teacher)} on validation{_took(arm.mean_seconds())}")
     return arm
 
 
-def _students(job: Job, home: Run, say: Say, progress: bool | None, data: Any) -> dict[str, Arm]:
+def _students(desk: Desk, data: Any) -> dict[str, Arm]:
     arms = {"start": Arm(), "baseline": Arm(), "distilled": Arm()}
+    job = desk.job
     for number in range(job.recipe.seeds):
         start = job.student(number)
         for name in ("baseline", "distilled"):
@@ -162,26 +190,19 @@ def _students(job: Job, home: Run, say: Say, progress: bool | None, data: Any) -
                 arms["start"].rows.append(rows_of(job, start))
                 continue
             student = copied(start)
-            _train_arm(job, home, arms[name], name, number, student, progress)
+            _train_arm(desk, arms[name], name, number, student)
             of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
             took = _took(arms[name].seconds[-1])
-            say(f"{name + of:<16}{_score(job, student)} on validation{took}")
+            desk.say(f"{name + of:<16}{_score(job, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
-            _save_best(job, home, arms[name], "student" if name == "distilled" else name, data)
+            _save_best(desk, arms[name], "student" if name == "distilled" else name, data)
     return arms
 
 
-def _train_arm(
-    job: Job,
-    home: Run,
-    arm: Arm,
-    name: str,
-    number: int,
-    student: nn.Module,
-    progress: bool | None,
-) -> None:
+def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module) -> None:
     """Take the student through every stage and evaluate what comes out."""
+    job = desk.job
     seed = job.recipe.seed + number
     fits: list[Fit] = []
     for index, stage in enumerate(job.recipe.stages):
@@ -192,9 +213,9 @@ def _train_arm(
             job.train,
             job.task,
             validation=job.validation,
-            log=_marked(home, arm=name, seed=seed, stage=index),
+            home=desk.home(arm=name, seed=seed, stage=index),
             label=f"{name} {number + 1}/{job.recipe.seeds}",
-            progress=progress,
+            progress=desk.progress,
             seed=seed,
             **options,
         )
@@ -203,27 +224,24 @@ def _train_arm(
     arm.finals.append(fits[-1])
     arm.seconds.append(sum(done.seconds for done in fits))
     arm.rows.append(rows_of(job, student))
-    chosen = {k: v.clone() for k, v in student.state_dict().items()}
+    chosen = copy_of_state(student)
     student.load_state_dict(fits[-1].last)
     arm.last.append(rows_of(job, student))
     student.load_state_dict(chosen)
 
 
-def _marked(home: Run, **mark: Any) -> Log:
-    """A log that says of each record whose it is."""
-    return lambda record: home.log(mark | record)
-
-
-def _save_best(job: Job, home: Run, arm: Arm, folder: str, data: Any) -> None:
+def _save_best(desk: Desk, arm: Arm, folder: str, data: Any) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
+    job = desk.job
     sign = 1 if job.task.higher_is_better else -1
     scores = [sign * f.history[f.kept_epoch][job.task.metric] for f in arm.finals]
     best = scores.index(max(scores))
     extra = {"task": job.task.describe(), "seed": job.recipe.seed + best, "data": data}
-    save(arm.finals[best].student, home.folder / folder, extra=extra)
+    save(arm.finals[best].student, desk.run.folder / folder, extra=extra)
 
 
-def _judged(job: Job, home: Run, taught: Arm, arms: dict[str, Arm]) -> Verdict:
+def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
+    job = desk.job
     distilled, baseline = arms["distilled"], arms["baseline"]
     timed = {"teacher": taught, "baseline": baseline, "distilled": distilled}
     seconds = {name: arm.mean_seconds() for name, arm in timed.items()}
@@ -234,7 +252,7 @@ def _judged(job: Job, home: Run, taught: Arm, arms: dict[str, Arm]) -> Verdict:
         distilled=distilled.rows,
         last=distilled.last,
         start=arms["start"].rows or None,
-        costs=_costs(job, home, arms),
+        costs=_costs(desk, arms),
         seconds={name: took for name, took in seconds.items() if took is not None},
         teacher_share=distilled.teacher_seconds / sum(distilled.seconds),
         retain=job.recipe.goal.retain if job.recipe.goal else None,
@@ -242,14 +260,15 @@ def _judged(job: Job, home: Run, taught: Arm, arms: dict[str, Arm]) -> Verdict:
     )
 
 
-def _costs(job: Job, home: Run, arms: dict[str, Arm]) -> dict[str, Cost]:
+def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
+    job = desk.job
     inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
     models = {"teacher": (job.teacher, "teacher")}
     for name, folder in (("baseline", "baseline"), ("distilled", "student")):
         if arms[name].finals:
             models[name] = (arms[name].finals[-1].student, folder)
     files = {
-        name: home.folder / folder / "model.safetensors" for name, (_, folder) in models.items()
+        name: desk.run.folder / folder / "model.safetensors" for name, (_, folder) in models.items()
     }
     return {
         name: cost(

@@ -16,9 +16,18 @@ from attar.runtime.errors import (
     suggest,
 )
 from attar.runtime.files import read_json, write_atomic, write_json
+from attar.runtime.generators import (
+    generators_seeded,
+    other_generators,
+    set_other_generators,
+    set_torch_generators,
+    torch_generators,
+)
 from attar.runtime.modes import eval_mode, modes_of, restore_modes
 from attar.runtime.progress import Bar
 from attar.runtime.run import Run, check_free
+from attar.runtime.snapshots import Snapshot, Snapshots
+from attar.runtime.stop import Interrupted, Stop
 
 __all__ = [
     "EXIT_GOAL_MISSED",
@@ -30,20 +39,29 @@ __all__ = [
     "Closing",
     "DataError",
     "DivergedError",
+    "Interrupted",
     "PreflightError",
     "Run",
     "RunExistsError",
+    "Snapshot",
+    "Snapshots",
+    "Stop",
     "UsageError",
     "autocast",
     "check_free",
     "eval_mode",
+    "generators_seeded",
     "modes_of",
+    "other_generators",
     "read_json",
     "resolve_device",
     "resolve_precision",
     "restore_modes",
+    "set_other_generators",
+    "set_torch_generators",
     "suggest",
     "to_device",
+    "torch_generators",
     "write_atomic",
     "write_json",
 ]

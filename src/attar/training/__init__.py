@@ -1,5 +1,7 @@
 """Training: terms, the objective, and the one loop behind every verb."""
 
+from attar.training.checkpoint import FREE, Home, differences
+from attar.training.choice import copy_of_state
 from attar.training.fit import Fit, check, distill, fit, train
 from attar.training.loop import Log
 from attar.training.objective import Counts, Objective, Parts
@@ -17,8 +19,10 @@ from attar.training.preflight import StagePlan
 from attar.training.term import Term
 
 __all__ = [
+    "FREE",
     "Counts",
     "Fit",
+    "Home",
     "Log",
     "Objective",
     "OptimizerFactory",
@@ -30,7 +34,9 @@ __all__ = [
     "adamw",
     "check",
     "constant",
+    "copy_of_state",
     "cosine",
+    "differences",
     "distill",
     "fit",
     "linear",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -20,10 +19,13 @@ from attar.runtime import (
     Bar,
     DataError,
     DivergedError,
+    Interrupted,
     PreflightError,
     Run,
+    Stop,
     UsageError,
     eval_mode,
+    generators_seeded,
     modes_of,
     resolve_device,
     resolve_precision,
@@ -32,9 +34,11 @@ from attar.runtime import (
 )
 from attar.tasks import Task
 from attar.teachers import Teacher
+from attar.training.checkpoint import Home, Keeper, check_keepable, made_with
+from attar.training.choice import Choice, copy_of_state
 from attar.training.loop import Log, Loop
 from attar.training.objective import Objective
-from attar.training.optimization import make_optimizer
+from attar.training.optimization import averaged, make_optimizer
 from attar.training.plan import Plan, make_plan
 from attar.training.preflight import (
     StagePlan,
@@ -44,6 +48,7 @@ from attar.training.preflight import (
     dry_pass,
     plan_stage,
 )
+from attar.training.state import Session
 from attar.training.term import Term, asked_of_teacher
 
 State = dict[str, Tensor]
@@ -108,9 +113,7 @@ def prepared(
     teacher = _as_teacher(teacher, task)
     check_pair(student, teacher)
     modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _opened(teacher, asked, device):
-        torch.manual_seed(plan.seed)
+    with generators_seeded(plan.seed, device), _opened(teacher, asked, device):
         try:
             student.to(device)
             batch = to_device(_first_batch(data, plan), device)
@@ -211,20 +214,25 @@ def fit(
     label_weight: float = 0.1,
     validation: Any = None,
     log: Log | None = None,
+    home: Home | None = None,
     label: str = "training",
     progress: bool | None = None,
     **options: Any,
 ) -> Fit:
     """Train *student* in place and say what was seen; `train` and `distill` return its student.
 
-    Args are those of `distill`; ``log`` is given each record, ``label`` names the progress bar.
+    Args are those of `distill`; ``log`` is given each record, ``home`` holds log and checkpoints,
+    ``label`` names the progress bar.
+
+    Raises:
+        Interrupted: a signal came, and the stage was saved; only where there is a ``home``.
     """
     plan, task = make_plan(options), task.fitted(data)
     if validation is not None:
         if validation.labels is None:
             raise PreflightError(f"{validation.name}: has no labels to validate against")
         task.fitted(validation)
-    start = perf_counter()
+    log = home.log if home is not None else log
     with (
         prepared(student, teacher, data, task, terms, label_weight, plan) as stage,
         Bar(label, stage.shapes.steps, show=progress) as bar,
@@ -239,88 +247,91 @@ def fit(
             log=log,
             watch=bar.watch,
         )
-        chosen = _Chosen(task, plan.keep if validation is not None else "last")
-        for number in range(plan.epochs):
-            stage.train()
-            batches = data.epoch(
-                number, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment
+        choice = Choice(task, plan.keep if validation is not None else "last")
+        session = Session(loop, choice, data, stage.device)
+        if home is None:
+            _epochs(stage, session, validation, log, bar)
+        else:
+            facts = made_with(
+                student, stage.teacher, data, validation, terms, label_weight, plan, stage.device
             )
-            loop.epoch(number, batches)
-            _close_epoch(number, stage, loop, chosen, validation, log, bar)
-        last = _state(student)
-        if chosen.state is not None:
-            student.load_state_dict(chosen.state)
+            _kept_epochs(stage, session, validation, bar, home, facts)
+        if loop.average is not None:
+            loop.average.swap()
+        last = copy_of_state(student)
+        if choice.kept is not None:
+            student.load_state_dict(choice.kept)
     return Fit(
         student=student,
         last=last,
-        best_epoch=chosen.epoch,
-        kept_epoch=plan.epochs - 1 if chosen.state is None else chosen.epoch or 0,
-        history=chosen.history,
+        best_epoch=choice.epoch,
+        kept_epoch=plan.epochs - 1 if choice.kept is None else choice.epoch or 0,
+        history=choice.history,
         plan=stage.shapes,
-        seconds=perf_counter() - start,
+        seconds=session.seconds,
         teacher_seconds=loop.teacher_seconds,
     )
 
 
-def _close_epoch(
-    number: int,
+def _kept_epochs(
+    stage: Stage, session: Session, validation: Any, bar: Bar, home: Home, facts: dict[str, Any]
+) -> None:
+    """The epochs, saved where it is due, where a signal comes, and at the end."""
+    check_keepable(stage.objective)
+    with Stop() as stop:
+        keeper = Keeper(home, session, stage.plan, facts, stop)
+        keeper.begin(stage.shapes.checkpoint_bytes)
+        session.loop.after = keeper.after
+        try:
+            _epochs(stage, session, validation, home.log, bar, stop)
+        except Interrupted:
+            if not stop.hurried:
+                keeper.save()
+            raise
+        keeper.save()
+
+
+def _epochs(
     stage: Stage,
-    loop: Loop,
-    chosen: _Chosen,
+    session: Session,
     validation: Any,
     log: Log | None,
     bar: Bar,
+    stop: Stop | None = None,
 ) -> None:
-    """Validate with the averaged weights where there are any, and keep what is best."""
-    final = number + 1 == stage.plan.epochs
-    if validation is None and not final:
-        return
-    student = stage.objective.student
-    if loop.average is not None:
-        loop.average.swap()
-    if validation is not None:
-        if stage.teacher is not None and hasattr(stage.teacher, "check"):
-            stage.teacher.check()
+    """Every epoch that is not done yet."""
+    loop, plan, data = session.loop, stage.plan, session.data
+    while loop.number < plan.epochs:
+        stage.train()
+        taken = {"start": loop.taken} if loop.taken else {}
+        batches = data.epoch(
+            loop.number, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment, **taken
+        )
+        loop.epoch(batches)
+        if validation is not None:
+            _validate(stage, session, validation, log, bar, stop)
+        loop.close_epoch()
+
+
+def _validate(
+    stage: Stage, session: Session, validation: Any, log: Log | None, bar: Bar, stop: Stop | None
+) -> None:
+    """Validate, with the averaged weights where there are any, and keep what is best."""
+    loop, choice, student = session.loop, session.choice, stage.objective.student
+    if stage.teacher is not None and hasattr(stage.teacher, "check"):
+        stage.teacher.check()
+    watch = None if stop is None else lambda done, total: stop.check()
+    with averaged(loop.average):
         try:
-            rows = collect(student, validation, chosen.task, device=stage.device)
+            rows = collect(student, validation, choice.task, device=stage.device, progress=watch)
         except DataError as error:
-            raise DivergedError(f"epoch {number + 1}: {error}") from error
-        scores = chosen.task.score(rows)
-        record = {"split": "validation", "epoch": number, "step": loop.done, **scores}
-        chosen.offer(number, record, student)
-        bar.note(chosen.task.metric, scores[chosen.task.metric])
-        if log is not None:
-            log(record)
-    if loop.average is not None and not final:
-        loop.average.swap()
-
-
-class _Chosen:
-    """The best epoch so far, by validation.
-
-    Of equals the latest is kept: a small validation split has many, and a schedule that ends low
-    makes the later the better trained.
-    """
-
-    def __init__(self, task: Task, keep: str) -> None:
-        self.task = task
-        self.keep = keep
-        self.epoch: int | None = None
-        self.state: State | None = None
-        self.history: list[dict[str, Any]] = []
-        self._best = float("-inf")
-
-    def offer(self, number: int, record: dict[str, Any], student: nn.Module) -> None:
-        self.history.append(record)
-        value = record[self.task.metric] * (1 if self.task.higher_is_better else -1)
-        if value >= self._best:
-            self._best, self.epoch = value, number
-            if self.keep == "best":
-                self.state = _state(student)
-
-
-def _state(module: nn.Module) -> State:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+            raise DivergedError(f"epoch {loop.number + 1}: {error}") from error
+        scores = choice.task.score(rows)
+        record = {"split": "validation", "epoch": loop.number, "step": loop.done, **scores}
+        choice.offer(loop.number, record, student)
+    bar.note(choice.task.metric, scores[choice.task.metric])
+    if log is not None:
+        log(record)
 
 
 def distill(
@@ -333,6 +344,7 @@ def distill(
     label_weight: Annotated[float, Ge(0)] = 0.1,
     validation: Any = None,
     run: str | Path | None = None,
+    resume: bool = False,
     progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -346,16 +358,20 @@ def distill(
         terms: what to match.
         label_weight: weight of the task's own loss on the labels.
         validation: a source by which the best epoch is chosen; without one the last is kept.
-        run: folder for the log, the plan and the trained model; must not hold a run.
+        run: folder for the log, the checkpoints, the plan and the trained model; must not hold a
+            run unless ``resume``.
+        resume: go on from the newest sound checkpoint of ``run``, where there is one.
         progress: draw a bar; by default where standard error is a terminal.
         **options: the fields of ``attar.training.Plan``.
 
     Raises:
         AttarError: whatever is wrong, in one sentence, before the first batch.
         DivergedError: a loss or gradient is not finite; the weights are from before that step.
+        Interrupted: Ctrl-C or SIGTERM came, and ``run`` holds all that it takes to go on.
     """
     told = {"label_weight": label_weight, "validation": validation, "progress": progress}
-    return _verb(run, student, teacher, data, task, terms, label="distill", **told, **options)
+    told |= {"label": "distill"}
+    return _verb(run, resume, student, teacher, data, task, terms, **told, **options)
 
 
 def train(
@@ -365,16 +381,18 @@ def train(
     *,
     validation: Any = None,
     run: str | Path | None = None,
+    resume: bool = False,
     progress: bool | None = None,
     **options: Any,
 ) -> nn.Module:
     """Train a module, in place, on labels alone; returns it. The options are `distill`'s."""
-    told = {"label_weight": 1.0, "validation": validation, "progress": progress}
-    return _verb(run, student, None, data, task, (), label="train", **told, **options)
+    told = {"label_weight": 1.0, "validation": validation, "progress": progress, "label": "train"}
+    return _verb(run, resume, student, None, data, task, (), **told, **options)
 
 
 def _verb(
     run: str | Path | None,
+    resume: bool,
     student: nn.Module,
     teacher: Any,
     data: Any,
@@ -386,9 +404,12 @@ def _verb(
     if not isinstance(student, nn.Module):
         raise UsageError(f"the student must be a torch.nn.Module, not a {type(student).__name__}")
     if run is None:
+        if resume:
+            raise UsageError("resume goes on with a run folder; name it with run=")
         return fit(student, teacher, data, task, terms, **options).student
-    with Run(run) as folder:
-        done = fit(student, teacher, data, task, terms, log=folder.log, **options)
+    with Run(run, resume=resume) as folder:
+        home = Home(folder, resume=resume)
+        done = fit(student, teacher, data, task, terms, home=home, **options)
         folder.write("plan.json", done.plan.to_json())
         save(done.student, folder.folder / "model", extra={"task": task.fitted(data).describe()})
     return done.student

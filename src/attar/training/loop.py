@@ -16,6 +16,7 @@ from attar.runtime import DivergedError, eval_mode, to_device
 from attar.training.objective import Counts, Objective
 from attar.training.optimization import Average, make_optimizer
 from attar.training.plan import Plan
+from attar.training.record import Record
 
 Log = Callable[[dict[str, Any]], None]
 Window = list[dict[str, Tensor]]
@@ -45,6 +46,10 @@ class Loop:
         device, dtype: where, and the autocast dtype.
         log: is given a record every ``plan.log_every`` steps.
         watch: is given (steps done, loss) after each step, for a progress bar.
+
+    Attributes:
+        number, taken, done: the epoch, the batches taken of it, the steps taken in all.
+        after: is called at each step boundary, where a run may be saved or stopped.
     """
 
     def __init__(
@@ -67,27 +72,32 @@ class Loop:
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.average = Average(objective.student, plan.average) if plan.average else None
         self.scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
-        self.done = 0
+        self.number = self.taken = self.done = 0
         self.skipped = 0
         self.teacher_seconds = 0.0
         self._log = log
         self._watch = watch
         self._statistics: list[Tensor] = []
-        self._loss = 0.0
-        self._kept = Kept()
-        self._reported = 0
+        self.record = Record(objective.names)
+        self.after: Callable[[], None] | None = None
 
-    def epoch(self, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Take every step of one epoch."""
+    def epoch(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Take the steps of the epoch that are not taken yet."""
         self._statistics = [buffer.clone() for buffer in self.objective.student.buffers()]
         for window in windows(batches, self.plan.accumulate):
             loss = self.step(window)
             if self._watch is not None:
                 self._watch(self.done, loss)
             if self._log is not None and self.done % self.plan.log_every == 0:
-                self._report(number)
-        if self._log is not None and self.done > self._reported:
-            self._report(number)
+                self._report()
+            if self.after is not None:
+                self.after()
+        if self._log is not None:
+            self._report()
+
+    def close_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.number, self.taken = self.number + 1, 0
 
     def step(self, window: Window) -> float:
         """One optimiser step over the batches of *window*; returns its loss."""
@@ -104,6 +114,7 @@ class Loop:
         for parameter in self.parameters:
             parameter.grad = None
         self.done += 1
+        self.taken += len(window)
         return loss
 
     def _backward(self, batch: dict[str, Tensor], counts: Counts, progress: float) -> float:
@@ -116,8 +127,7 @@ class Loop:
         (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
         loss = parts.loss.item()
         if self._log is not None:
-            self._loss += loss
-            self._kept.add(parts.values, parts.scales)
+            self.record.add(loss, parts.values, parts.scales)
         return loss
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
@@ -174,61 +184,11 @@ class Loop:
             "the step. Lower the learning rate or set clip: 1.0"
         )
 
-    def _report(self, epoch: int) -> None:
+    def _report(self) -> None:
         assert self._log is not None
-        steps = self.done - self._reported
-        totals = zip(self.objective.names, self._kept.totals(), strict=True)
-        self._log(
-            {
-                "split": "train",
-                "epoch": epoch,
-                "step": self.done,
-                "loss": self._loss / steps,
-                "terms": {name: total / steps for name, total in totals},
-                "lr": self.optimizer.param_groups[0]["lr"],
-            }
-        )
-        self._reported, self._loss = self.done, 0.0
-
-
-class Kept:
-    """The values of the terms, a list a batch, until a record is due: no step waits for a number.
-
-    They are copied into places that are made once. To hold the tensors themselves costs a CPU
-    more: small blocks that outlive a step keep the allocator from giving the large ones again.
-    """
-
-    def __init__(self) -> None:
-        self._places: list[list[Tensor]] = []
-        self._scales: list[list[float]] = []
-
-    def add(self, values: list[Tensor], scales: list[float]) -> None:
-        """Keep one batch's values, and the factors that make them its share of the step."""
-        index = len(self._scales)
-        if index == len(self._places):
-            self._places.append([torch.empty_like(value) for value in values])
-        places = self._places[index]
-        for number, value in enumerate(values):
-            if places[number].shape != value.shape:
-                places[number] = torch.empty_like(value)
-        torch._foreach_copy_(places, values)
-        self._scales.append(scales)
-
-    def totals(self) -> list[float]:
-        """Each term's sum of scaled values; forgets them."""
-        taken = zip(self._places, self._scales, strict=False)  # there may be more places
-        columns = zip(*(zip(*pair, strict=True) for pair in taken), strict=True)
-        totals = [_total(column) for column in columns]
-        self._scales.clear()
-        return totals
-
-
-def _total(column: Iterable[tuple[Tensor, float]]) -> float:
-    """The sum of scaled values; those of one scale are joined, so that few tensors are read."""
-    groups: dict[float, list[Tensor]] = {}
-    for value, scale in column:
-        groups.setdefault(scale, []).append(value.reshape(-1))
-    return sum(torch.cat(values).sum().item() * scale for scale, values in groups.items())
+        rate = self.optimizer.param_groups[0]["lr"]
+        if (record := self.record.take(self.number, self.done, rate)) is not None:
+            self._log(record)
 
 
 def gradient_norm(grads: list[Tensor]) -> float:

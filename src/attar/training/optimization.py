@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Interval
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from attar.runtime import UsageError
@@ -153,7 +154,7 @@ class Average:
         # A tied tensor has several names and is averaged once.
         tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
         self._live = list({(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values())
-        self._mean = [tensor.detach().clone() for tensor in self._live]
+        self.mean = [tensor.detach().clone() for tensor in self._live]
         self._decay = decay
         self.updates = 0
 
@@ -162,16 +163,25 @@ class Average:
         """Move the averages toward the weights as they are now."""
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._mean, self._live, 1 - decay)
+        torch._foreach_lerp_(self.mean, self._live, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the live weights and the averages; a second call puts them back."""
-        for live, mean in zip(self._live, self._mean, strict=True):
+        for live, mean in zip(self._live, self.mean, strict=True):
             kept = live.clone()
             live.copy_(mean)
             mean.copy_(kept)
 
-    def state(self) -> list[Tensor]:
-        """The averaged tensors, in the order of the module's state."""
-        return self._mean
+
+@contextmanager
+def averaged(average: Average | None) -> Iterator[None]:
+    """The averaged weights inside, the live ones after, errors included."""
+    if average is None:
+        yield
+        return
+    average.swap()
+    try:
+        yield
+    finally:
+        average.swap()

@@ -34,6 +34,8 @@ class Plan:
         device: ``auto``, ``cpu``, ``cuda``, ...
         precision: ``auto``, ``float32``, ``bf16`` or ``fp16``; losses are in float32 always.
         log_every: steps between two records of the training loss.
+        checkpoint_every: steps between two checkpoints of a run; by the clock when left out,
+            about one a minute.
     """
 
     epochs: Annotated[int, Ge(1)] = 10
@@ -49,6 +51,7 @@ class Plan:
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     log_every: Annotated[int, Ge(1)] = 50
+    checkpoint_every: Annotated[int, Ge(1)] | None = None
 
 
 def make_plan(options: dict[str, Any]) -> Plan:
