@@ -483,7 +483,7 @@ def test_a_norm_frozen_on_purpose_stays_frozen(blobs: attar.data.Splits) -> None
 def test_a_last_batch_of_one_is_refused_where_it_cannot_be_trained_on(
     blobs: attar.data.Splits, net: partial[nn.Module]
 ) -> None:
-    with pytest.raises(PreflightError, match="last batch of 160 examples is a single one"):
+    with pytest.raises(PreflightError, match="a batch of the 160 examples is a single one"):
         attar.train(norms(), blobs.train, task_of(blobs), epochs=1, batch_size=53)
     attar.train(net(), blobs.train, task_of(blobs), epochs=1, batch_size=53)
 

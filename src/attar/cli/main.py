@@ -1,4 +1,4 @@
-"""`attar`: run, check, distill, evaluate, list, report.
+"""`attar`: run, check, distill, evaluate, list, report, demo.
 
 Rooms are imported inside the commands: `attar --help` must not wait for torch.
 """
@@ -6,6 +6,7 @@ Rooms are imported inside the commands: `attar --help` must not wait for torch.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from attar.cli.demo import app as demo
 
 EPILOG = (
     "Exit codes: 0 done; 1 the goal was missed; 3 training diverged; 64 wrong usage; 65 wrong "
@@ -29,6 +32,8 @@ app = typer.Typer(
     epilog=EPILOG,
     help="Knowledge distillation: a small model that keeps what a large one knows.",
 )
+
+app.add_typer(demo)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
@@ -183,7 +188,9 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any)
     say = None if silent else _say
     progress = False if silent else None
     verdict = run_recipe(loaded, folder=folder, say=say, progress=progress, **resuming)
-    if as_json:
+    if _rank() != "0":
+        pass  # rank 0 says it
+    elif as_json:
         print((folder / "verdict.json").read_text(encoding="utf-8"), end="")
     else:
         print_verdict(verdict, whole=not quiet)
@@ -243,5 +250,13 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _refuse(message: str, code: int) -> int:
-    print(f"attar: {message}", file=sys.stderr)
+    if _rank() == "0":
+        print(f"attar: {message}", file=sys.stderr)
+    elif not message.startswith("rank 0: "):  # which rank 0 says itself
+        print(f"attar, rank {_rank()}: {message}", file=sys.stderr)
     return code
+
+
+def _rank() -> str:
+    """The number of this process among those of ``torchrun``."""
+    return os.environ.get("RANK", "0")

@@ -63,8 +63,8 @@ def read(
         return _mapped(rows, whole, source, key)
     batches = list(whole)
     shares = [_share(ids, *part) for ids in batches]
-    # A rank without a row must still take the step, so it takes it with a row of another.
-    filled = [own if len(own) else ids[:1] for own, ids in zip(shares, batches, strict=True)]
+    # A rank without a row must still take the step, so it takes it with the others' rows.
+    filled = [own if len(own) else ids for own, ids in zip(shares, batches, strict=True)]
     return map(_marked, _mapped(rows, filled, source, key), shares)
 
 

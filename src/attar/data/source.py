@@ -93,8 +93,8 @@ class Source(ABC):
         part:
             ``(rank, world)``: this process is number ``rank`` of ``world`` and reads only its
             share of each batch, rows ``rank * n // world`` to ``(rank + 1) * n // world`` of n.
-            Where that is no row, it gets the first of the batch once more, with a scalar 1 named
-            ``idle``; such a batch must not count, and only keeps step with the others.
+            Where that is no row, it gets the whole batch, with a scalar 1 named ``idle``; such a
+            batch must not count, and only keeps step with the others.
         """
         _at_least(0, number=number, start=start)
         _at_least(1, batch_size=batch_size)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from attar.evaluation.intervals import bootstrap
 from attar.evaluation.numbers import between, count, show
-from attar.runtime import DataError, eval_mode, resolve_device, to_device
+from attar.runtime import DataError, Ranks, eval_mode, resolve_device, to_device
 
 if TYPE_CHECKING:
     from attar.data import Source
     from attar.tasks.task import Rows, Task
+
+IDS = "ids"
 
 Progress = Callable[[int, int], None]
 
@@ -84,46 +86,53 @@ def collect(
     batch_size: int = 256,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Rows:
     """Run *model* over *source* once and keep ``task.rows`` of each example.
 
     Runs in eval mode without gradients; the model's mode and device are restored, also after an
-    error. The result lies on the CPU, in order of id.
+    error. The result lies on the CPU, in order of id, on every rank.
 
     Args:
         progress: called after each batch with (examples done, examples in all).
+        ranks: processes that share the work; every one must ask.
 
     Raises:
         DataError: the source is empty or does not give each id 0..N-1 exactly once, or an output
             is not finite.
     """
     place = resolve_device(device)
+    ranks = ranks or Ranks()
+    share = {"part": (ranks.rank, ranks.world)} if ranks.world > 1 else {}
     parts: list[Rows] = []
-    ids: list[Tensor] = []
     done = 0
     with evaluating(model, place):
-        for batch in source.batches(batch_size):
+        for batch in source.batches(batch_size, **share):
             moved = to_device(batch, place)
             forward = task.forward if parts else partial(task.try_forward, whose="model")
             rows = task.rows(forward(model, moved), moved)
+            if "idle" in batch:  # a pass that keeps the ranks together, and no row
+                continue
+            rows = {**rows, IDS: batch["ids"]}
             parts.append({name: value.cpu() for name, value in rows.items()})
-            ids.append(batch["ids"].cpu())
-            done += len(ids[-1])
+            done += len(batch["ids"])
             if progress is not None:
                 progress(done, len(source))
-    return _in_order(parts, ids, source)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+    return _in_order(ranks.gather(joined), source)
 
 
-def _in_order(parts: list[Rows], ids: list[Tensor], source: Source) -> Rows:
-    if not parts:
+def _in_order(rows: Rows, source: Source) -> Rows:
+    if not rows:
         raise DataError(f"{source.name}: has no examples to evaluate")
-    order = torch.cat(ids).argsort()
-    if not torch.equal(torch.cat(ids)[order], torch.arange(len(source))):
+    ids = rows.pop(IDS)
+    order = ids.argsort()
+    if not torch.equal(ids[order], torch.arange(len(source))):
         raise DataError(
             f"{source.name}: its batches hold {len(order)} ids where each of 0 to "
             f"{len(source) - 1} must come exactly once"
         )
-    rows = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+    rows = {name: value[order] for name, value in rows.items()}
     for name, value in rows.items():
         _check_finite(name, value, source.name)
     return rows

@@ -68,7 +68,11 @@ def prepare(recipe: Recipe) -> Job:
         if part.labels is None:
             raise PreflightError(f"{part.name}: has no labels, which a verdict needs")
         task.fitted(part)
-    common = {"device": recipe.device, "precision": recipe.precision}
+    common = {
+        "device": recipe.device,
+        "precision": recipe.precision,
+        "parallel": recipe.parallel,
+    }
     job = Job(recipe, train, validation, test, task, nn.Identity(), common)
     return replace(job, teacher=seeded(recipe.seed, partial(_teacher_model, job)))
 

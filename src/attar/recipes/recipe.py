@@ -77,7 +77,7 @@ class Recipe:
         validation: share of the training split that chooses the epoch, where the data bring no
             split of their own.
         seed, seeds: the first seed, and how many the student is trained with.
-        device, precision: as in ``attar.training.Plan``.
+        device, precision, parallel: as in ``attar.training.Plan``.
     """
 
     task: TaskChoice | Task
@@ -91,6 +91,7 @@ class Recipe:
     seeds: Annotated[int, Ge(1)] = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 0 <= self.seed < MOST_SEED:

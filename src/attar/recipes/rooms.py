@@ -41,6 +41,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
             "seed",
             "device",
             "precision",
+            "parallel",
         }
     ),
     "tasks": frozenset({"mean", "std"}),

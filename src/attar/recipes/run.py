@@ -12,13 +12,23 @@ import torch
 from torch import nn
 
 import attar
-from attar.evaluation import Cost, Verdict, cost, judge
+from attar.data import Source
+from attar.evaluation import Cost, Verdict, collect, cost, judge
 from attar.models import save
-from attar.recipes.job import Job, check_floor, check_job, copied, prepare, rows_of, stage_of
+from attar.recipes.job import Job, check_floor, check_job, copied, prepare, stage_of
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
 from attar.reporting import page
-from attar.runtime import PreflightError, Run, UsageError, check_free, resolve_device
+from attar.runtime import (
+    PreflightError,
+    Ranks,
+    Run,
+    UsageError,
+    check_free,
+    connect,
+    opened,
+    resolve_device,
+)
 from attar.tasks.task import Rows
 from attar.training import Fit, Home, copy_of_state, fit
 
@@ -46,6 +56,7 @@ class Desk:
 
     job: Job
     run: Run
+    ranks: Ranks
     resume: bool
     allow: tuple[str, ...]
     say: Say
@@ -54,6 +65,18 @@ class Desk:
     def home(self, **mark: Any) -> Home:
         """Where one stage keeps its log and its checkpoints."""
         return Home(self.run, mark, self.resume, self.allow, self.say)
+
+    def rows(self, model: nn.Module, source: Source | None = None) -> Rows:
+        """What a model says of each example, of the test split by default; asked by all ranks."""
+        job = self.job
+        return collect(
+            model, source or job.test, job.task, device=job.recipe.device, ranks=self.ranks
+        )
+
+    def save(self, model: nn.Module, folder: str, **extra: Any) -> None:
+        """Save a model into this run."""
+        if self.ranks.main:
+            save(model, self.run.folder / folder, extra=extra)
 
 
 def run(
@@ -89,24 +112,35 @@ def run(
     """
     loaded = _loaded(recipe, overrides, plugins)
     place = Path(folder) if folder is not None else Path("runs") / loaded.name
-    say = say or (lambda line: None)
-    resume = resume and check_resumable(place, loaded, allow)
-    if not resume:
-        check_free(place)
-    job, plans = _checked(loaded)
-    with Run(place, resume=resume) as home:
-        home.write("recipe.json", loaded.full)
-        home.write("plan.json", plans)
-        if loaded.plugins:
-            home.write("plugins.json", loaded.plugins)
-        say(_described(job))
-        desk = Desk(job, home, resume, tuple(allow), say, progress)
-        taught = _teach(desk)
-        arms = _students(desk, loaded.full.get("data"))
-        verdict = _judged(desk, taught, arms)
-        home.write("verdict.json", verdict.to_json() | {"environment": _environment(loaded, job)})
-        page(place)
+    with connect(loaded.recipe.parallel, loaded.recipe.device) as ranks:
+        say = say if say and ranks.main else (lambda line: None)
+        resume = _allowed(ranks, place, loaded, resume, allow)
+        job, plans = _checked(loaded)
+        with opened(ranks, place, resume=resume) as home:
+            home.write("recipe.json", loaded.full)
+            home.write("plan.json", plans)
+            if loaded.plugins:
+                home.write("plugins.json", loaded.plugins)
+            say(_described(job))
+            desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
+            taught = _teach(desk)
+            arms = _students(desk, loaded.full.get("data"))
+            verdict = _judged(desk, taught, arms)
+            made = {"environment": _environment(loaded, job, ranks)}
+            home.write("verdict.json", verdict.to_json() | made)
+            if ranks.main:
+                page(place)
     return verdict
+
+
+def _allowed(ranks: Ranks, place: Path, loaded: Loaded, resume: bool, allow: Sequence[str]) -> bool:
+    """Whether the folder's run is gone on with; refuses a folder that cannot be used."""
+    with ranks.together():
+        if ranks.main:  # before any rank writes
+            resume = resume and check_resumable(place, loaded, allow)
+            if not resume:
+                check_free(place)
+    return ranks.first(resume)
 
 
 def check(
@@ -132,7 +166,7 @@ def _checked(loaded: Loaded) -> tuple[Job, dict[str, Any]]:
         raise PreflightError(str(error)) from error
 
 
-def _environment(loaded: Loaded, job: Job) -> dict[str, str]:
+def _environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
     """What else a reader needs to repeat the run."""
     plugins = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
     return {
@@ -141,6 +175,7 @@ def _environment(loaded: Loaded, job: Job) -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
         "device": str(resolve_device(job.recipe.device)),
+        "ranks": str(ranks.world),
         **plugins,
     }
 
@@ -174,9 +209,9 @@ def _teach(desk: Desk) -> Arm:
         )
         arm.seconds.append(done.seconds)
         check_floor(job)
-        save(job.teacher, desk.run.folder / "teacher", extra={"task": job.task.describe()})
-    arm.rows.append(rows_of(job, job.teacher))
-    desk.say(f"teacher    {_score(job, job.teacher)} on validation{_took(arm.mean_seconds())}")
+        desk.save(job.teacher, "teacher", task=job.task.describe())
+    arm.rows.append(desk.rows(job.teacher))
+    desk.say(f"teacher    {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}")
     return arm
 
 
@@ -187,13 +222,13 @@ def _students(desk: Desk, data: Any) -> dict[str, Arm]:
         start = job.student(number)
         for name in ("baseline", "distilled"):
             if name == "baseline" and not job.labelled:
-                arms["start"].rows.append(rows_of(job, start))
+                arms["start"].rows.append(desk.rows(start))
                 continue
             student = copied(start)
             _train_arm(desk, arms[name], name, number, student)
             of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
             took = _took(arms[name].seconds[-1])
-            desk.say(f"{name + of:<16}{_score(job, student)} on validation{took}")
+            desk.say(f"{name + of:<16}{_score(desk, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
             _save_best(desk, arms[name], "student" if name == "distilled" else name, data)
@@ -223,10 +258,10 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
         arm.teacher_seconds += done.teacher_seconds
     arm.finals.append(fits[-1])
     arm.seconds.append(sum(done.seconds for done in fits))
-    arm.rows.append(rows_of(job, student))
+    arm.rows.append(desk.rows(student))
     chosen = copy_of_state(student)
     student.load_state_dict(fits[-1].last)
-    arm.last.append(rows_of(job, student))
+    arm.last.append(desk.rows(student))
     student.load_state_dict(chosen)
 
 
@@ -236,8 +271,8 @@ def _save_best(desk: Desk, arm: Arm, folder: str, data: Any) -> None:
     sign = 1 if job.task.higher_is_better else -1
     scores = [sign * f.history[f.kept_epoch][job.task.metric] for f in arm.finals]
     best = scores.index(max(scores))
-    extra = {"task": job.task.describe(), "seed": job.recipe.seed + best, "data": data}
-    save(arm.finals[best].student, desk.run.folder / folder, extra=extra)
+    seed = job.recipe.seed + best
+    desk.save(arm.finals[best].student, folder, task=job.task.describe(), seed=seed, data=data)
 
 
 def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
@@ -270,19 +305,22 @@ def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
     files = {
         name: desk.run.folder / folder / "model.safetensors" for name, (_, folder) in models.items()
     }
-    return {
+    measured = {
         name: cost(
             model,
             inputs,
             device=job.recipe.device,
             file=files[name] if files[name].is_file() else None,
-        )
+        ).to_json()
         for name, (model, _) in models.items()
+        if desk.ranks.main  # alone, so that no other rank is in the way
     }
+    return {name: Cost(**found) for name, found in desk.ranks.first(measured).items()}
 
 
-def _score(job: Job, model: nn.Module) -> str:
-    value = job.task.primary(rows_of(job, model, job.validation))
+def _score(desk: Desk, model: nn.Module) -> str:
+    job = desk.job
+    value = job.task.primary(desk.rows(model, job.validation))
     shown = f"{100 * value:.2f} %" if job.task.metric == "accuracy" else f"{value:.4g}"
     return f"{job.task.metric} {shown}"
 

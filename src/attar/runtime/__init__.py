@@ -1,6 +1,7 @@
 """Devices, files and errors: what every other room stands on."""
 
 from attar.runtime.closing import Closing
+from attar.runtime.compiling import compiled, recomputed
 from attar.runtime.device import autocast, resolve_device, resolve_precision, to_device
 from attar.runtime.errors import (
     EXIT_GOAL_MISSED,
@@ -25,7 +26,8 @@ from attar.runtime.generators import (
 )
 from attar.runtime.modes import eval_mode, modes_of, restore_modes
 from attar.runtime.progress import Bar
-from attar.runtime.run import Run, check_free
+from attar.runtime.ranks import Ranks, Wrap, connect, gradient_norm
+from attar.runtime.run import Run, check_free, opened
 from attar.runtime.snapshots import Snapshot, Snapshots
 from attar.runtime.stop import Interrupted, Stop
 
@@ -41,19 +43,26 @@ __all__ = [
     "DivergedError",
     "Interrupted",
     "PreflightError",
+    "Ranks",
     "Run",
     "RunExistsError",
     "Snapshot",
     "Snapshots",
     "Stop",
     "UsageError",
+    "Wrap",
     "autocast",
     "check_free",
+    "compiled",
+    "connect",
     "eval_mode",
     "generators_seeded",
+    "gradient_norm",
     "modes_of",
+    "opened",
     "other_generators",
     "read_json",
+    "recomputed",
     "resolve_device",
     "resolve_precision",
     "restore_modes",

@@ -12,6 +12,7 @@ from attar.runtime.closing import Closing
 from attar.runtime.errors import RunExistsError
 from attar.runtime.files import finite, write_atomic, write_json
 from attar.runtime.lock import Lock
+from attar.runtime.ranks import Ranks
 
 LOG = "metrics.jsonl"
 
@@ -22,20 +23,24 @@ class Run(Closing):
     Args:
         folder: a path that does not exist yet, or an empty folder.
         resume: the folder may hold a run, which is gone on with.
+        silent: write nothing, as another process writes this run.
 
     Raises:
         RunExistsError: the folder holds something, or another process writes it.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, resume: bool = False, silent: bool = False) -> None:
         self.folder = Path(folder)
-        if not resume:
+        self.silent = silent
+        if not resume and not silent:
             check_free(self.folder)
         self._metrics: TextIO | None = None
         self._lock: Lock | None = None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to ``metrics.jsonl``; a reader sees it at once."""
+        if self.silent:
+            return
         if self._metrics is None:
             self.open()
             self._metrics = (self.folder / LOG).open("a", encoding="utf-8")
@@ -59,7 +64,7 @@ class Run(Closing):
         They will be written again; so does a line that a crash has cut.
         """
         path = self.folder / LOG
-        if not path.is_file():
+        if self.silent or not path.is_file():
             return
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _before(line, mark, epoch, step)]
@@ -69,9 +74,10 @@ class Run(Closing):
 
     def write(self, name: str, value: Any) -> Path:
         """Write *value* as the JSON file *name* of this run."""
-        self.open()
         path = self.folder / name
-        write_json(path, value)
+        if not self.silent:
+            self.open()
+            write_json(path, value)
         return path
 
     def close(self) -> None:
@@ -97,6 +103,12 @@ def _before(line: bytes, mark: Mapping[str, Any], epoch: int, step: int) -> bool
     if record.get("split") == "train":
         return record["step"] <= step
     return record["epoch"] < epoch
+
+
+def opened(ranks: Ranks, folder: str | Path, *, resume: bool = False) -> Run:
+    """The run of all ranks: rank 0 writes it, the others only know where it lies."""
+    with ranks.together():
+        return Run(folder, resume=resume, silent=not ranks.main)
 
 
 def check_free(folder: str | Path) -> None:

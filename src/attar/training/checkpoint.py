@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 import attar
 from attar.runtime import (
     DataError,
+    Interrupted,
     PreflightError,
     Run,
     Snapshot,
@@ -32,8 +35,11 @@ SECONDS = 60.0  # between two checkpoints, where the plan does not count steps
 SHARE = 0.02  # of the time, at most, that saving by the clock may take
 ROOM = 3  # checkpoints that must fit on the disk: two are kept while a third is written
 
+if TYPE_CHECKING:
+    from attar.training.fit import Stage
+
 # These change how far or how often, not what a step is.
-FREE = ("epochs", "log_every", "checkpoint_every")
+FREE = ("epochs", "log_every", "checkpoint_every", "ranks", "parallel")
 # These say where in an epoch a run stands; with others there is no such place.
 FIXED = ("batch_size", "accumulate", "seed")
 
@@ -75,6 +81,7 @@ class Keeper:
     ) -> None:
         self._home = home
         self._session = session
+        self._ranks = session.loop.ranks
         self._every = plan.checkpoint_every
         self._made_with = made_with
         self._stop = stop
@@ -84,24 +91,30 @@ class Keeper:
 
     def begin(self, expected_bytes: int) -> None:
         """Go on from a checkpoint, or write the first: what cannot be saved is not begun."""
-        found = self._snapshots.latest(tell=self._home.tell) if self._home.resume else None
+        found = self._found() if self._home.resume else None
         if found is None:
             self._home.run.rewind(self._home.mark, epoch=0, step=0)
-            self._try_saving(expected_bytes)
+            with self._ranks.together():
+                self._check_room(expected_bytes)
+            self._first_save()
             return
-        self._check_drift(found)
+        with self._ranks.together():
+            self._check_drift(found)
         give_back(self._session, found.parts, found.facts["state"])
         loop = self._session.loop
         self._home.run.rewind(self._home.mark, epoch=loop.number, step=loop.record.since)
         self._saved(0.0)
 
-    def after(self) -> None:
-        """At each step boundary: save where it is due; stop where that was asked."""
-        self._stop.check()
-        if self._every is None:
-            if monotonic() >= self._next:
-                self.save()
-        elif self._session.loop.done % self._every == 0:
+    def wishes(self) -> tuple[int, int]:
+        """What this rank wants after the next step: to stop, to save. One that asks is enough."""
+        due = self._every is None and self._ranks.main and monotonic() >= self._next
+        return self._stop.asked is not None, due
+
+    def after(self, stop: int, due: int) -> None:
+        """At a step boundary, with the wishes of all ranks: stop, or save where it is due."""
+        if stop:
+            raise Interrupted(self._stop.asked or signal.SIGTERM)
+        if due or (self._every is not None and self._session.loop.done % self._every == 0):
             self.save()
 
     def save(self) -> None:
@@ -111,9 +124,10 @@ class Keeper:
         if place == self._saved_at:
             return
         begun = monotonic()
-        parts, state = taken(self._session)
-        self._home.run.sync()
-        self._snapshots.save(loop.done, parts, {"state": state, "made_with": self._made_with})
+        parts, state = taken(self._session)  # every rank: some hold parts of a tensor
+        if self._ranks.main:
+            self._home.run.sync()
+            self._snapshots.save(loop.done, parts, {"state": state, "made_with": self._made_with})
         self._saved(monotonic() - begun)
 
     def _saved(self, took: float) -> None:
@@ -121,22 +135,32 @@ class Keeper:
         self._saved_at = (loop.done, loop.number, loop.taken)
         self._next = monotonic() + max(SECONDS, took / SHARE)
 
-    def _try_saving(self, expected: int) -> None:
+    def _found(self) -> Snapshot | None:
+        """The newest sound checkpoint, the same on every rank."""
+        if self._ranks.main:
+            found = self._snapshots.latest(tell=self._home.tell)  # also clears what a crash left
+        self._ranks.barrier()
+        if not self._ranks.main:
+            found = self._snapshots.latest()
+        self._ranks.same("the checkpoint to go on from", None if found is None else found.step)
+        return found
+
+    def _check_room(self, expected: int) -> None:
         folder = self._home.folder
-        try:
+        if not self._ranks.main:
+            return
+        with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
-            if free < ROOM * expected:
-                raise PreflightError(
-                    f"{folder}: {ROOM} checkpoints of {expected:,} bytes do not fit into the "
-                    f"{free:,} bytes that are free; make room or choose another folder with --run"
-                )
-            self.save()
-        except OSError as error:
+        if free < ROOM * expected:
             raise PreflightError(
-                f"{error.filename or folder}: a checkpoint cannot be written "
-                f"({error.strerror or error}); choose another folder with --run"
-            ) from error
+                f"{folder}: {ROOM} checkpoints of {expected:,} bytes do not fit into the "
+                f"{free:,} bytes that are free; make room or choose another folder with --run"
+            )
+
+    def _first_save(self) -> None:
+        with _explained(self._home.folder):
+            self.save()
 
     def _check_drift(self, found: Snapshot) -> None:
         """Refuse to go on as another run than the one that was saved."""
@@ -155,6 +179,17 @@ class Keeper:
             self._home.tell(f"{what}; allowed")
 
 
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(
+            f"{error.filename or folder}: a checkpoint cannot be written "
+            f"({error.strerror or error}); choose another folder with --run"
+        ) from error
+
+
 def differences(
     then: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
@@ -168,25 +203,19 @@ def differences(
 
 
 def made_with(
-    student: nn.Module,
-    teacher: Any,
-    data: Any,
-    validation: Any,
-    terms: Iterable[Term],
-    label_weight: float,
-    plan: Plan,
-    device: torch.device,
+    stage: Stage, data: Any, validation: Any, terms: Iterable[Term], label_weight: float
 ) -> dict[str, Any]:
     """What has to be the same for a resumed run to be the same run; JSON values."""
-    options = {f.name: described(getattr(plan, f.name)) for f in fields(Plan)}
+    options = {f.name: described(getattr(stage.plan, f.name)) for f in fields(Plan)}
     return options | {
         "attar": attar.__version__,
         "torch": torch.__version__.partition("+")[0],
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "device": device.type,
-        "student": shapes_digest(student),
-        "teacher": teacher_digest(teacher),
+        "device": stage.device.type,
+        "ranks": stage.ranks.world,
+        "student": shapes_digest(stage.objective.student),
+        "teacher": teacher_digest(stage.teacher),
         "data": data.fingerprint(),
         "validation": None if validation is None else validation.fingerprint(),
         "terms": [described(term) for term in terms],

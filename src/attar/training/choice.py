@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attar.runtime import Ranks
 from attar.tasks import Task
 
 
@@ -16,8 +17,9 @@ class Choice:
     makes the later the better trained.
     """
 
-    def __init__(self, task: Task, keep: str) -> None:
+    def __init__(self, task: Task, keep: str, ranks: Ranks) -> None:
         self.task = task
+        self._ranks = ranks
         self.epoch: int | None = None
         self.kept: dict[str, Tensor] | None = None
         self.history: list[dict[str, Any]] = []
@@ -30,7 +32,7 @@ class Choice:
         if best is None or self._value(record) >= best:
             self.epoch = number
             if self._keep == "best":
-                self.kept = copy_of_state(student)
+                self.kept = copy_of_state(student, self._ranks)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """For a checkpoint."""
@@ -49,6 +51,7 @@ class Choice:
         return record[self.task.metric] * (1 if self.task.higher_is_better else -1)
 
 
-def copy_of_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state, which later steps do not change."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+def copy_of_state(module: nn.Module, ranks: Ranks | None = None) -> dict[str, Tensor]:
+    """The module's whole state, which later steps do not change; asked by all ranks or none."""
+    full = (ranks or Ranks()).full
+    return {name: full(tensor.detach()).clone() for name, tensor in module.state_dict().items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,17 @@ from attar.runtime import (
     DivergedError,
     Interrupted,
     PreflightError,
-    Run,
+    Ranks,
     Stop,
     UsageError,
+    Wrap,
+    compiled,
+    connect,
     eval_mode,
     generators_seeded,
     modes_of,
+    opened,
+    recomputed,
     resolve_device,
     resolve_precision,
     restore_modes,
@@ -43,8 +48,8 @@ from attar.training.plan import Plan, make_plan
 from attar.training.preflight import (
     StagePlan,
     check_labels,
-    check_last_batch,
     check_pair,
+    check_smallest_batch,
     dry_pass,
     plan_stage,
 )
@@ -52,6 +57,7 @@ from attar.training.state import Session
 from attar.training.term import Term, asked_of_teacher
 
 State = dict[str, Tensor]
+RANK_STRIDE = 0x9E3779B97F4A7C15  # keeps the seeds of ranks apart from those of runs
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,31 @@ class Stage:
     teacher: Any
     plan: Plan
     shapes: StagePlan
+    ranks: Ranks
     device: torch.device
     dtype: torch.dtype | None
     frozen: list[nn.Module]
+    example: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     def train(self) -> None:
         """Training mode, but for parts that a student in training had in eval on purpose."""
         self.objective.train()
         for part in self.frozen:
             part.training = False
+
+    @contextmanager
+    def wrapped(self) -> Iterator[Wrap]:
+        """The objective as the ranks train it: shared, compiled or recomputed as planned."""
+        self.train()
+        student = self.objective.student
+        with ExitStack() as stack:
+            if self.plan.recompute:
+                stack.enter_context(recomputed(student))
+            if self.plan.compile:
+                _check_compile(self.device)
+                stack.enter_context(compiled(student))
+            wrap = self.ranks.wrap(self.objective, *self.example, precision=self.dtype)
+            yield stack.enter_context(wrap)
 
 
 @contextmanager
@@ -103,7 +125,8 @@ def prepared(
     plan: Plan,
 ) -> Iterator[Stage]:
     """Check a stage by a dry pass and hold it open; puts student and teacher back at the end."""
-    device = resolve_device(plan.device)
+    ranks = connect(plan.parallel, plan.device)
+    device = ranks.device if ranks.world > 1 else resolve_device(plan.device)
     dtype = resolve_precision(plan.precision, device)
     asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
     if asked and teacher is None:
@@ -113,10 +136,10 @@ def prepared(
     teacher = _as_teacher(teacher, task)
     check_pair(student, teacher)
     modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
-    with generators_seeded(plan.seed, device), _opened(teacher, asked, device):
+    with ranks, generators_seeded(_seed(plan, ranks), device), _opened(teacher, asked, device):
         try:
             student.to(device)
-            batch = to_device(_first_batch(data, plan), device)
+            batch = to_device(_first_batch(data, plan, ranks), device)
             _try_models(student, teacher, task, batch)
             with Objective(
                 student,
@@ -128,14 +151,23 @@ def prepared(
             ).to(device) as objective:
                 check_labels(task, batch, objective)
                 make_optimizer(plan.optimizer, objective)
-                check_last_batch(student, task, batch, len(data), plan)
+                check_smallest_batch(student, task, batch, len(data), plan, ranks.world)
                 shapes = dry_pass(objective, batch, told)
                 stage = plan_stage(objective, teacher, data, plan, shapes)
                 frozen = [part for part, mode in modes if modes[0][1] and not mode]
-                yield Stage(objective, teacher, plan, stage, device, dtype, frozen)
+                example = batch, told
+                yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
         finally:
             restore_modes(modes)
             student.to(home)
+
+
+def _check_compile(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise PreflightError(
+            "compile is for accelerators: on a CPU it was measured to gain nothing, and torch's "
+            "compiler can end the process there; leave compile out"
+        )
 
 
 def _as_teacher(teacher: Any, task: Task) -> Any:
@@ -182,9 +214,25 @@ def _try_models(student: nn.Module, teacher: Any, task: Task, batch: dict[str, T
         task.try_forward(model, batch, "teacher")
 
 
-def _first_batch(data: Any, plan: Plan) -> dict[str, Tensor]:
-    epoch = data.epoch(0, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment)
-    return next(iter(epoch))
+def _first_batch(data: Any, plan: Plan, ranks: Ranks) -> dict[str, Tensor]:
+    return next(iter(_batches(data, plan, ranks, epoch=0, start=0)))
+
+
+def _batches(
+    data: Any, plan: Plan, ranks: Ranks, *, epoch: int, start: int
+) -> Iterable[dict[str, Tensor]]:
+    """This rank's share of each batch of an epoch; a plain call where there is one rank."""
+    more: dict[str, Any] = {"start": start} if start else {}
+    if ranks.world > 1:
+        more["part"] = (ranks.rank, ranks.world)
+    return data.epoch(
+        epoch, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment, **more
+    )
+
+
+def _seed(plan: Plan, ranks: Ranks) -> int:
+    """Each rank draws its own dropout; rank 0 draws what one process would."""
+    return (plan.seed + ranks.rank * RANK_STRIDE) % 2**64
 
 
 def check(
@@ -233,31 +281,19 @@ def fit(
             raise PreflightError(f"{validation.name}: has no labels to validate against")
         task.fitted(validation)
     log = home.log if home is not None else log
-    with (
-        prepared(student, teacher, data, task, terms, label_weight, plan) as stage,
-        Bar(label, stage.shapes.steps, show=progress) as bar,
-    ):
-        loop = Loop(
-            stage.objective,
-            stage.teacher,
-            plan,
-            stage.shapes.steps,
-            stage.device,
-            stage.dtype,
-            log=log,
-            watch=bar.watch,
-        )
-        choice = Choice(task, plan.keep if validation is not None else "last")
-        session = Session(loop, choice, data, stage.device)
-        if home is None:
-            _epochs(stage, session, validation, log, bar)
-        else:
-            facts = made_with(
-                student, stage.teacher, data, validation, terms, label_weight, plan, stage.device
-            )
-            _kept_epochs(stage, session, validation, bar, home, facts)
-        if loop.average is not None:
-            loop.average.swap()
+    with prepared(student, teacher, data, task, terms, label_weight, plan) as stage:
+        show = progress if stage.ranks.main else False
+        with Bar(label, stage.shapes.steps, show=show) as bar, stage.wrapped() as wrap:
+            choice = Choice(task, plan.keep if validation is not None else "last", stage.ranks)
+            loop = _loop(stage, wrap, log, bar)
+            session = Session(loop, choice, data, stage.device)
+            if home is None:
+                _epochs(stage, session, validation, log, bar)
+            else:
+                facts = made_with(stage, data, validation, terms, label_weight)
+                _kept_epochs(stage, session, validation, bar, home, facts)
+            if loop.average is not None:
+                loop.average.swap()
         last = copy_of_state(student)
         if choice.kept is not None:
             student.load_state_dict(choice.kept)
@@ -273,6 +309,21 @@ def fit(
     )
 
 
+def _loop(stage: Stage, wrap: Wrap, log: Log | None, bar: Bar) -> Loop:
+    return Loop(
+        stage.objective,
+        stage.teacher,
+        stage.plan,
+        stage.shapes.steps,
+        stage.ranks,
+        wrap,
+        stage.device,
+        stage.dtype,
+        log=log,
+        watch=bar.watch,
+    )
+
+
 def _kept_epochs(
     stage: Stage, session: Session, validation: Any, bar: Bar, home: Home, facts: dict[str, Any]
 ) -> None:
@@ -281,7 +332,7 @@ def _kept_epochs(
     with Stop() as stop:
         keeper = Keeper(home, session, stage.plan, facts, stop)
         keeper.begin(stage.shapes.checkpoint_bytes)
-        session.loop.after = keeper.after
+        session.loop.keeper = keeper
         try:
             _epochs(stage, session, validation, home.log, bar, stop)
         except Interrupted:
@@ -303,11 +354,7 @@ def _epochs(
     loop, plan, data = session.loop, stage.plan, session.data
     while loop.number < plan.epochs:
         stage.train()
-        taken = {"start": loop.taken} if loop.taken else {}
-        batches = data.epoch(
-            loop.number, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment, **taken
-        )
-        loop.epoch(batches)
+        loop.epoch(_batches(data, plan, stage.ranks, epoch=loop.number, start=loop.taken))
         if validation is not None:
             _validate(stage, session, validation, log, bar, stop)
         loop.close_epoch()
@@ -320,10 +367,18 @@ def _validate(
     loop, choice, student = session.loop, session.choice, stage.objective.student
     if stage.teacher is not None and hasattr(stage.teacher, "check"):
         stage.teacher.check()
-    watch = None if stop is None else lambda done, total: stop.check()
+    # Of several ranks none may leave a validation alone; they stop after the next step.
+    watch = None if stop is None or stage.ranks.world > 1 else lambda *_: stop.check()
     with averaged(loop.average):
         try:
-            rows = collect(student, validation, choice.task, device=stage.device, progress=watch)
+            rows = collect(
+                student,
+                validation,
+                choice.task,
+                device=stage.device,
+                progress=watch,
+                ranks=stage.ranks,
+            )
         except DataError as error:
             raise DivergedError(f"epoch {loop.number + 1}: {error}") from error
         scores = choice.task.score(rows)
@@ -407,11 +462,15 @@ def _verb(
         if resume:
             raise UsageError("resume goes on with a run folder; name it with run=")
         return fit(student, teacher, data, task, terms, **options).student
-    with Run(run, resume=resume) as folder:
+    plan = make_plan({name: options[name] for name in options.keys() & Plan.__dataclass_fields__})
+    with connect(plan.parallel, plan.device) as ranks, opened(ranks, run, resume=resume) as folder:
         home = Home(folder, resume=resume)
         done = fit(student, teacher, data, task, terms, home=home, **options)
         folder.write("plan.json", done.plan.to_json())
-        save(done.student, folder.folder / "model", extra={"task": task.fitted(data).describe()})
+        if ranks.main:
+            extra = {"task": task.fitted(data).describe()}
+            save(done.student, folder.folder / "model", extra=extra)
+        ranks.barrier()
     return done.student
 
 

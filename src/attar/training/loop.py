@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from attar.runtime import DivergedError, eval_mode, to_device
+from attar.runtime import DivergedError, Ranks, Wrap, eval_mode, to_device
 from attar.training.objective import Counts, Objective
 from attar.training.optimization import Average, make_optimizer
 from attar.training.plan import Plan
 from attar.training.record import Record
+
+if TYPE_CHECKING:
+    from attar.training.checkpoint import Keeper
 
 Log = Callable[[dict[str, Any]], None]
 Window = list[dict[str, Tensor]]
@@ -43,13 +46,15 @@ class Loop:
         teacher: answers ``objective``'s addresses, or None.
         plan: the options.
         steps: optimiser steps in the whole stage, which the schedules are measured against.
+        ranks: the processes that share the training.
+        wrap: the objective as the ranks train it.
         device, dtype: where, and the autocast dtype.
         log: is given a record every ``plan.log_every`` steps.
         watch: is given (steps done, loss) after each step, for a progress bar.
 
     Attributes:
         number, taken, done: the epoch, the batches taken of it, the steps taken in all.
-        after: is called at each step boundary, where a run may be saved or stopped.
+        keeper: is asked before each step, and told after it, whether to save or to stop.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Loop:
         teacher: Any,
         plan: Plan,
         steps: int,
+        ranks: Ranks,
+        wrap: Wrap,
         device: torch.device,
         dtype: torch.dtype | None,
         log: Log | None = None,
@@ -67,6 +74,8 @@ class Loop:
         self.teacher = teacher
         self.plan = plan
         self.steps = steps
+        self.ranks = ranks
+        self.wrap = wrap
         self.device = device
         self.optimizer = make_optimizer(plan.optimizer, objective)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
@@ -74,12 +83,13 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
         self.number = self.taken = self.done = 0
         self.skipped = 0
+        self._agreed: list[int] = []
         self.teacher_seconds = 0.0
         self._log = log
         self._watch = watch
         self._statistics: list[Tensor] = []
         self.record = Record(objective.names)
-        self.after: Callable[[], None] | None = None
+        self.keeper: Keeper | None = None
 
     def epoch(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take the steps of the epoch that are not taken yet."""
@@ -90,8 +100,8 @@ class Loop:
                 self._watch(self.done, loss)
             if self._log is not None and self.done % self.plan.log_every == 0:
                 self._report()
-            if self.after is not None:
-                self.after()
+            if self.keeper is not None:
+                self.keeper.after(*self._agreed)
         if self._log is not None:
             self._report()
 
@@ -105,12 +115,18 @@ class Loop:
         factor = self.plan.schedule(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        counts = Counts.of(self.objective.task, window)
+        own = Counts.of(self.objective.task, window)
+        wishes = () if self.keeper is None else self.keeper.wishes()
+        positions, examples, *self._agreed = self.ranks.total((*own, *wishes))
+        counts = Counts(positions, examples)
         loss = 0.0
-        for batch in window:
-            loss += self._backward(to_device(batch, self.device), counts, progress)
-        if self._guarded(window, loss, counts, progress):
-            self._update()
+        for index, batch in enumerate(window, start=1):
+            with self.wrap.micro(index == len(window)):
+                loss += self._backward(to_device(batch, self.device), counts, progress)
+        loss = self._guarded(window, loss, counts, progress)
+        self.wrap.settle(own.examples, counts.examples)
+        if self._log is not None:
+            self.record.step(loss)
         for parameter in self.parameters:
             parameter.grad = None
         self.done += 1
@@ -123,34 +139,37 @@ class Loop:
             start = perf_counter()
             told = self.teacher(batch)
             self.teacher_seconds += perf_counter() - start
-        parts = self.objective(batch, told, counts, progress)
-        (parts.loss if self.scaler is None else self.scaler.scale(parts.loss)).backward()
-        loss = parts.loss.item()
-        if self._log is not None:
-            self.record.add(loss, parts.values, parts.scales)
-        return loss
+        parts = self.wrap.module(batch, told, counts, progress)
+        # A rank without rows runs one of another's: all must run the same passes.
+        loss = parts.loss * 0 if "idle" in batch else parts.loss
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self._log is not None and "idle" not in batch:
+            self.record.add(parts.values, parts.scales)
+        return loss.item()
 
-    def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> bool:
-        """Whether the step may change the weights; a divergence is raised before it does."""
+    def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> float:
+        """Change the weights, if nothing is wrong; returns the loss of all ranks together."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = gradient_norm(grads)
+        loss, norm = self.wrap.measured(loss, grads)
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             if self.plan.clip is not None:
                 clip_grads_with_norm_(self.parameters, self.plan.clip, torch.tensor(norm))
-            return True
+            self._update()
+            return loss
         self.skipped += 1
         if self.scaler is not None and math.isfinite(loss) and self.skipped < MOST_SKIPPED:
             self.scaler.update()  # lowers the scale; the step is left out
-            return False
+            return loss
         for parameter in self.parameters:
             parameter.grad = None
         # The pass that went wrong has written to batch statistics; the epoch's start is sound.
         for buffer, known in zip(self.objective.student.buffers(), self._statistics, strict=True):
             buffer.copy_(known)
-        with eval_mode(self.objective):  # the search for the cause moves no statistics
+        self.wrap.close()  # each rank looks for the cause in its own rows
+        with eval_mode(self.objective):  # the search moves no statistics
             raise DivergedError(self._blame(window, counts, progress))
 
     def _update(self) -> None:
@@ -165,12 +184,13 @@ class Loop:
     def _blame(self, window: Window, counts: Counts, progress: float) -> str:
         """Which term went wrong, on which rows: each is differentiated again by itself."""
         where = f"step {self.done + 1} of {self.steps}"
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
         for batch in window:
             batch = to_device(batch, self.device)
             told = self.teacher(batch) if self.teacher is not None else None
             for index, name in enumerate(self.objective.names):
                 values, _, _ = self.objective.values(batch, told or {}, counts, progress)
-                what = _fault(values[index].sum(), self.parameters)
+                what = _fault(values[index].sum(), trained)
                 if what:
                     ids = batch["ids"].tolist()
                     rows = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
@@ -187,23 +207,12 @@ class Loop:
     def _report(self) -> None:
         assert self._log is not None
         rate = self.optimizer.param_groups[0]["lr"]
-        if (record := self.record.take(self.number, self.done, rate)) is not None:
+        record = self.record.take(self.ranks, self.number, self.done, rate)
+        if record is not None:
             self._log(record)
 
 
-def gradient_norm(grads: list[Tensor]) -> float:
-    """The Euclidean norm of all gradients as one vector; not finite where one of them is not.
-
-    What ``torch.nn.utils.get_total_norm`` computes, in half its time on a CPU and with one wait
-    on an accelerator.
-    """
-    norms = torch._foreach_norm(grads)
-    if grads and grads[0].device.type == "cpu":
-        return math.hypot(*(norm.item() for norm in norms))
-    return torch.linalg.vector_norm(torch.stack(norms)).item()
-
-
-def _fault(value: Tensor, parameters: list[Tensor]) -> str | None:
+def _fault(value: Tensor, parameters: Sequence[Tensor]) -> str | None:
     if not torch.isfinite(value):
         return "value"
     if not value.requires_grad:

@@ -27,6 +27,8 @@ class Counts(NamedTuple):
         """Count the batches of one optimiser step."""
         positions = examples = 0
         for batch in batches:
+            if "idle" in batch:
+                continue
             mask = task.mask(batch)
             size = len(batch["inputs"])
             examples += size

@@ -135,12 +135,18 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module) -> Opti
 def _fastest(factory: Callable[..., Optimizer], params: list[Any]) -> Optimizer:
     """The fused kernel where the optimiser has one for these parameters and nobody chose."""
     chosen = inspect.signature(factory).parameters.get("fused")
-    if chosen is not None and chosen.default is None:
+    if chosen is not None and chosen.default is None and not _shared(params):
         try:
             return factory(params, fused=True)
         except RuntimeError:  # no such kernel for this device, or another one was asked for
             pass
     return factory(params)
+
+
+def _shared(params: list[Any]) -> bool:
+    """Whether ranks hold parts of the parameters, for which not every fused kernel is there."""
+    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+    return hasattr(first, "full_tensor")
 
 
 class Average:
@@ -151,9 +157,10 @@ class Average:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        # A tied tensor has several names and is averaged once.
-        tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
-        self._live = list({(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values())
+        # Apart, as those of a module that is shared among ranks are not of one kind.
+        self._parameters = [p.detach() for p in module.parameters()]
+        buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self._live = self._parameters + buffers
         self.mean = [tensor.detach().clone() for tensor in self._live]
         self._decay = decay
         self.updates = 0
@@ -163,7 +170,10 @@ class Average:
         """Move the averages toward the weights as they are now."""
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.mean, self._live, 1 - decay)
+        cut = len(self._parameters)
+        for part in (slice(0, cut), slice(cut, None)):
+            if self._live[part]:
+                torch._foreach_lerp_(self.mean[part], self._live[part], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -33,6 +33,11 @@ class Plan:
         seed: of order, augmentation and dropout.
         device: ``auto``, ``cpu``, ``cuda``, ...
         precision: ``auto``, ``float32``, ``bf16`` or ``fp16``; losses are in float32 always.
+        parallel: how the ranks that ``torchrun`` started share the student: ``ddp`` holds all of it
+            on each, ``fsdp`` a part; ``auto`` is ``ddp``. One process shares nothing.
+        compile: run the student through ``torch.compile``.
+        recompute: keep no activations inside the student's blocks, and compute them again in the
+            backward pass: less memory, about a third more time.
         log_every: steps between two records of the training loss.
         checkpoint_every: steps between two checkpoints of a run; by the clock when left out,
             about one a minute.
@@ -50,6 +55,9 @@ class Plan:
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    compile: bool = False
+    recompute: bool = False
     log_every: Annotated[int, Ge(1)] = 50
     checkpoint_every: Annotated[int, Ge(1)] | None = None
 

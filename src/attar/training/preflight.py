@@ -114,19 +114,21 @@ def _dry_labels(objective: Objective, batch: dict[str, Tensor]) -> None:
         )
 
 
-def check_last_batch(
-    student: nn.Module, task: Task, batch: dict[str, Tensor], examples: int, plan: Plan
+def check_smallest_batch(
+    student: nn.Module, task: Task, batch: dict[str, Tensor], examples: int, plan: Plan, ranks: int
 ) -> None:
-    """Batch statistics need two values: refuse a last batch of one before an epoch is spent."""
-    if (examples % plan.batch_size or plan.batch_size) != 1:
+    """Batch statistics need two values: refuse a batch of one before an epoch is spent."""
+    least = min(plan.batch_size, examples % plan.batch_size or plan.batch_size)
+    if least // ranks > 1:
         return
     try:
         with torch.no_grad():
             task.forward(copy.deepcopy(student).train(), {k: v[:1] for k, v in batch.items()})
     except ValueError as error:
         raise PreflightError(
-            f"with batch_size {plan.batch_size} the last batch of {examples} examples is a single "
-            f"one, which the student cannot be trained on ({_first_line(error)}); choose another"
+            f"with batch_size {plan.batch_size} and {ranks} rank{'s' * (ranks > 1)}, a batch of "
+            f"the {examples} examples is a single one, which the student cannot be trained on "
+            f"({_first_line(error)}); choose another"
         ) from error
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attar.runtime import Ranks
+
 
 class Record:
     """The loss and the terms' values since the last record; no step waits for one to be read.
@@ -23,9 +25,12 @@ class Record:
         self._places: list[list[Tensor]] = []
         self._scales: list[list[float]] = []
 
-    def add(self, loss: float, values: list[Tensor], scales: list[float]) -> None:
-        """Note one batch: its loss, its terms' values, the factors that make them its share."""
+    def step(self, loss: float) -> None:
+        """Note the loss of one step."""
         self._loss += loss
+
+    def add(self, values: list[Tensor], scales: list[float]) -> None:
+        """Note one batch: its terms' values, and the factors that make them its share."""
         index = len(self._scales)
         if index == len(self._places):
             self._places.append([torch.empty_like(value) for value in values])
@@ -36,13 +41,13 @@ class Record:
         torch._foreach_copy_(places, values)
         self._scales.append(scales)
 
-    def take(self, epoch: int, step: int, rate: float) -> dict[str, Any] | None:
+    def take(self, ranks: Ranks, epoch: int, step: int, rate: float) -> dict[str, Any] | None:
         """The record of the steps since the last one, at *step*; None where there is no step."""
         steps = step - self.since
         if not steps:
             return None
         columns = zip(*(zip(*pair, strict=True) for pair in self._pending()), strict=True)
-        totals = zip(self._names, map(_total, columns), strict=True)
+        totals = zip(self._names, ranks.sums([_total(c) for c in columns]), strict=True)
         record = {
             "split": "train",
             "epoch": epoch,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attar.runtime import (
     DataError,
+    Ranks,
     other_generators,
     set_other_generators,
     set_torch_generators,
@@ -82,7 +83,7 @@ def tensors_of(module: nn.Module) -> Tensors:
 
 
 @torch.no_grad()
-def _fill(own: Tensors, saved: Tensors, what: str) -> None:
+def _fill(ranks: Ranks, own: Tensors, saved: Tensors, what: str) -> None:
     if own.keys() != saved.keys():
         odd = min(own.keys() ^ saved.keys())
         raise DataError(f"the checkpoint's {what} is of another model: it differs in '{odd}'")
@@ -92,15 +93,16 @@ def _fill(own: Tensors, saved: Tensors, what: str) -> None:
                 f"the checkpoint's {what} is of another model: '{name}' is "
                 f"{list(saved[name].shape)} there and {list(tensor.shape)} here"
             )
-        tensor.copy_(saved[name])
+        tensor.copy_(ranks.like(saved[name], tensor))
 
 
 def _take_objective(session: Session) -> tuple[Tensors, Facts]:
-    return tensors_of(session.loop.objective), {}
+    own, full = tensors_of(session.loop.objective), session.loop.ranks.full
+    return {name: full(tensor.detach()) for name, tensor in own.items()}, {}
 
 
 def _give_objective(session: Session, tensors: Tensors, facts: Facts) -> None:
-    _fill(tensors_of(session.loop.objective), tensors, "objective")
+    _fill(session.loop.ranks, tensors_of(session.loop.objective), tensors, "objective")
 
 
 def _take_optimizer(session: Session) -> tuple[Tensors, Facts]:
@@ -112,7 +114,7 @@ def _take_optimizer(session: Session) -> tuple[Tensors, Facts]:
         for key, value in optimizer.state.get(parameter, {}).items():
             name = f"{index}.{key}"
             if isinstance(value, Tensor):
-                tensors[name] = value
+                tensors[name] = session.loop.ranks.full(value)
             else:
                 numbers[name] = value
     return tensors, {
@@ -133,6 +135,8 @@ def _give_optimizer(session: Session, tensors: Tensors, facts: Facts) -> None:
         if isinstance(value, Tensor):
             # Some optimisers count steps on the CPU wherever the weights are.
             value = value.clone() if name in facts["cpu"] else value.to(parameter.device, copy=True)
+            if value.shape == parameter.shape:
+                value = loop.ranks.like(value, parameter)
         loop.optimizer.state[parameter][key] = value
 
 
@@ -140,16 +144,16 @@ def _take_average(session: Session) -> tuple[Tensors, Facts]:
     average = session.loop.average
     if average is None:
         return {}, {}
-    return dict(zip(map(str, range(len(average.mean))), average.mean, strict=True)), {
-        "updates": average.updates
-    }
+    full = session.loop.ranks.full
+    means = {str(index): full(mean) for index, mean in enumerate(average.mean)}
+    return means, {"updates": average.updates}
 
 
 def _give_average(session: Session, tensors: Tensors, facts: Facts) -> None:
     average = session.loop.average
     if average is not None:
-        own = dict(zip(map(str, range(len(average.mean))), average.mean, strict=True))
-        _fill(own, tensors, "average")
+        own = {str(index): mean for index, mean in enumerate(average.mean)}
+        _fill(session.loop.ranks, own, tensors, "average")
         average.updates = facts["updates"]
 
 
@@ -223,19 +227,26 @@ def _give_source(session: Session, tensors: Tensors, facts: Facts) -> None:
 
 
 def _take_torch(session: Session) -> tuple[Tensors, Facts]:
-    return torch_generators(session.device), {}
+    states = torch_generators(session.device)
+    return session.loop.ranks.gather({name: state[None] for name, state in states.items()}), {}
 
 
 def _give_torch(session: Session, tensors: Tensors, facts: Facts) -> None:
-    set_torch_generators(tensors, session.device)
+    """A rank that was not there before keeps the state that its own seed has given it."""
+    rank = session.loop.ranks.rank
+    if rank < len(tensors["cpu"]):
+        own = {name: states[rank].clone() for name, states in tensors.items()}
+        set_torch_generators(own, session.device)
 
 
 def _take_others(session: Session) -> tuple[Tensors, Facts]:
-    return {}, other_generators()
+    return {}, {"ranks": session.loop.ranks.everyone(other_generators())}
 
 
 def _give_others(session: Session, tensors: Tensors, facts: Facts) -> None:
-    set_other_generators(facts)
+    rank = session.loop.ranks.rank
+    if rank < len(facts["ranks"]):
+        set_other_generators(facts["ranks"][rank])
 
 
 ITEMS: dict[str, Item] = {
