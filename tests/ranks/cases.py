@@ -1,10 +1,18 @@
-"""Run on each rank: every case, or those that are named."""
+"""Run on each rank: the small cases, or ``trainings``, or those that are named."""
 
 from __future__ import annotations
 
+import sys
+
 import gradients
 import sharing
+import whole
 from common import main
 
 if __name__ == "__main__":
-    main({**gradients.make(), **sharing.make()})
+    trainings = whole.make()
+    if sys.argv[1:] == ["trainings"]:
+        main(trainings, list(trainings))
+    small = {**gradients.make(), **sharing.make()}
+    usual = [name for name in small if "few" not in name]
+    main({**small, **trainings}, sys.argv[1:] or usual)

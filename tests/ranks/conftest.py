@@ -17,6 +17,7 @@ collect_ignore = [
     "common.py",
     "gradients.py",
     "sharing.py",
+    "whole.py",
     "cases.py",
 ]  # run on the ranks, not here
 Group = Callable[..., None]

@@ -19,8 +19,12 @@ def test_two_ranks_train_as_one_process_and_leave_no_trace(group: Group) -> None
     group(world=2)
 
 
+def test_whole_trainings_of_two_ranks_are_those_of_one_process(group: Group) -> None:
+    group("trainings", world=2)
+
+
 def test_four_ranks_have_the_gradients_of_one_process(group: Group) -> None:
-    group("few-ddp", "few-fsdp", "gathering", world=4)
+    group("few-ddp", "few-fsdp", "gathering", "training-ddp", "once", world=4)
 
 
 @pytest.mark.skipif(not os.environ.get("ATTAR_DEEP"), reason="run by make test-deep")

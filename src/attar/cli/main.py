@@ -207,19 +207,24 @@ def _say(line: str) -> None:
 def main() -> None:
     """Run the command; every error is one sentence on standard error and a documented code."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    sys.exit(_guarded(_command))
+
+
+def _command() -> Any:
+    # Not app(): typer answers every interrupt with 130 and says nothing.
+    group = typer.main.get_command(app)
+    with group.make_context("attar", sys.argv[1:]) as context:
+        return group.invoke(context)
 
 
 def _guarded(command: Callable[[], Any]) -> int:
     try:
         code = command()
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort, typer.Exit) as stopped:
-        # typer has a code of its own for what was interrupted; the cause knows which signal it was
-        cause = stopped.__cause__ or stopped
-        if isinstance(stopped, typer.Exit) and not isinstance(cause, KeyboardInterrupt):
-            return stopped.exit_code
-        return _refuse(f"interrupted{_how_to_go_on()}", getattr(cause, "exit_code", 130))
+    except typer.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        return _refuse(f"interrupted{_how_to_go_on()}", getattr(stopped, "exit_code", 130))
     except BrokenPipeError:
         return 0
     except OSError as error:

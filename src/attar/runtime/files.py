@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,50 @@ from attar.runtime.errors import DataError
 
 CHUNK = 1 << 20
 
+_DRAFT = re.compile(r"\.(.+)\.tmp-([0-9]{1,18})")
+
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write *data* beside *path*, sync it and rename it into place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with naming(target):
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes private files; what a run writes follows the user's umask instead.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    sweep(target.parent, target.name)
+    draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        write_new(draft, data)
+        with naming(target):
+            os.replace(draft, target)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
     sync_folder(target.parent)
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove the drafts of ``write_atomic`` that processes left which are no more.
+
+    Args:
+        name: of this file alone.
+    """
+    for entry in os.listdir(folder):
+        match = _DRAFT.fullmatch(entry)
+        if match and name in ("", match[1]) and not at_work(int(match[2])):
+            with suppress(FileNotFoundError):
+                os.unlink(folder / entry)
+
+
+def at_work(pid: int) -> bool:
+    """Whether another process of this number lives, so that its draft is not ours to remove."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -62,12 +87,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from attar.runtime.closing import Closing
 from attar.runtime.errors import RunExistsError
-from attar.runtime.files import finite, write_atomic, write_json
+from attar.runtime.files import finite, sweep, write_atomic, write_json
 from attar.runtime.lock import Lock
 from attar.runtime.ranks import Ranks
 
@@ -52,6 +52,7 @@ class Run(Closing):
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.folder / ".lock")
+            sweep(self.folder)
 
     def sync(self) -> None:
         """Have the log on the disk, before something that counts on it is."""
@@ -114,7 +115,7 @@ def opened(ranks: Ranks, folder: str | Path, *, resume: bool = False) -> Run:
 def check_free(folder: str | Path) -> None:
     """Refuse a folder that already holds something."""
     path = Path(folder)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise RunExistsError(
             f"{path}: already holds a run; go on with it by --resume, choose another folder with "
             "--run, or remove this one"

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from attar.runtime.errors import DataError, UsageError
-from attar.runtime.files import make_folder, naming, remove, sync_folder, write_new
+from attar.runtime.files import at_work, make_folder, naming, remove, sync_folder, write_new
 from attar.runtime.snapshot_format import (
     FACTS,
     MANIFEST,
@@ -166,7 +166,7 @@ class Snapshots:
         """Remove what dead processes, or failed saves of this one, left half-written."""
         for name in names_in(self.folder):
             match = _DRAFT.fullmatch(name)
-            if match and not _at_work(int(match[1])):
+            if match and not at_work(int(match[1])):
                 remove(self.folder / name)
 
     def _hint(self, name: str) -> None:
@@ -219,19 +219,6 @@ def _draft_of(path: Path) -> Path:
 def _is_there(path: Path) -> bool:
     """Unlike `Path.exists`, a folder that cannot be read is an OSError and not an empty one."""
     return path.name in names_in(path.parent)
-
-
-def _at_work(pid: int) -> bool:
-    """Whether another process of this number lives, so that its draft is not ours to remove."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from attar.runtime.closing import Closing
 
@@ -31,6 +31,7 @@ class Stop(Closing):
     def __init__(self) -> None:
         self.asked: int | None = None
         self.hurried = False
+        self._obeyed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -39,20 +40,28 @@ class Stop(Closing):
         return self
 
     def close(self) -> None:
-        """Give the signals back to whoever heard them before."""
+        """Give the signals back to whoever heard them before, and one that came too late too."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self.asked is not None and not self._obeyed:
+            self._obeyed = True
+            signal.raise_signal(self.asked)
 
     def check(self) -> None:
         """Raise ``Interrupted`` if a signal has come."""
         if self.asked is not None:
-            raise Interrupted(self.asked)
+            self.obey()
+
+    def obey(self) -> NoReturn:
+        """Raise ``Interrupted``, of another rank's signal where this one has heard none."""
+        self._obeyed = True
+        raise Interrupted(self.asked or signal.SIGTERM)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:
             self.hurried = True  # and nothing more is saved
-            raise Interrupted(number)
+            self.obey()
         self.asked = number
         if os.isatty(2):  # not print, which must not be entered twice
             os.write(2, b"\nstopping after this step; once more to stop at once\n")

@@ -210,6 +210,9 @@ class Sharded(_Shared):
             if isinstance(part, FSDPModule):
                 part.set_force_sum_reduction_for_comms(True)
                 part.set_gradient_divide_factor(1.0)
+        # The whole must be made ready before a child is called by itself, and a run that goes on
+        # at the end of an epoch validates first.
+        self.module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
     def _check(self) -> None:
         from torch.distributed.tensor import DTensor, Shard

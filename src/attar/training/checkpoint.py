@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,6 @@ from torch import nn
 import attar
 from attar.runtime import (
     DataError,
-    Interrupted,
     PreflightError,
     Run,
     Snapshot,
@@ -113,9 +111,15 @@ class Keeper:
     def after(self, stop: int, due: int) -> None:
         """At a step boundary, with the wishes of all ranks: stop, or save where it is due."""
         if stop:
-            raise Interrupted(self._stop.asked or signal.SIGTERM)
+            self._stop.obey()
         if due or (self._every is not None and self._session.loop.done % self._every == 0):
             self.save()
+
+    def end(self) -> None:
+        """Save the finished stage, and stop if that was asked meanwhile."""
+        self.save()
+        if self._ranks.any(self._stop.asked is not None):
+            self._stop.obey()
 
     def save(self) -> None:
         """Save now, unless this very state is saved already."""

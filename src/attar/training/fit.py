@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -339,7 +341,7 @@ def _kept_epochs(
             if not stop.hurried:
                 keeper.save()
             raise
-        keeper.save()
+        keeper.end()
 
 
 def _epochs(
@@ -464,7 +466,7 @@ def _verb(
         return fit(student, teacher, data, task, terms, **options).student
     plan = make_plan({name: options[name] for name in options.keys() & Plan.__dataclass_fields__})
     with connect(plan.parallel, plan.device) as ranks, opened(ranks, run, resume=resume) as folder:
-        home = Home(folder, resume=resume)
+        home = Home(folder, resume=resume, tell=partial(print, file=sys.stderr))
         done = fit(student, teacher, data, task, terms, home=home, **options)
         folder.write("plan.json", done.plan.to_json())
         if ranks.main:
