@@ -43,6 +43,7 @@ def lives(tmp_path: Path) -> Lives:
             capture_output=True,
             text=True,
             check=False,
+            timeout=600 * DEEP,
         )
         print(f"{subject}: seed {seed}\n{done.stdout}\n{done.stderr}")
         assert done.returncode == 0, done.stderr

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
@@ -127,7 +130,7 @@ def _started(rows: Rows, asked: list[Array], workers: int, key: int, name: str) 
                 batch_size=None,
                 collate_fn=partial(_told, rows),
                 num_workers=min(workers, len(asked)),
-                worker_init_fn=_leave_signals_to_the_main_process,
+                worker_init_fn=partial(_begin, os.getpid()),
                 # Without a generator of its own it would take a number from the global one.
                 generator=torch.Generator().manual_seed(key),
             )
@@ -170,7 +173,24 @@ def _unpacked(value: Tensor | Array) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def _begin(parent: int, worker: int) -> None:
+    """What a process does first."""
+    _leave_signals_to_the_main_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End when the main process has, however it ended.
+
+    torch looks for that too, but takes for the parent whoever is it by then: a process whose
+    parent was killed while it started would wait for ever.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _leave_signals_to_the_main_process() -> None:
     """It may want a few more batches, until it can stop in good order.
 
     So Ctrl-C is not heard, and SIGTERM, which a scheduler sends to every process of a job, ends

@@ -69,3 +69,9 @@ def check_not_negative(name: str, value: float) -> None:
     """Refuse negative numbers, infinity and NaN."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is not strictly between nothing and all."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}.")

@@ -9,18 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.losses._rows import (
-    absent,
     check_labels,
     check_logits,
-    check_not_negative,
     check_positive,
+    check_same_shape,
+    check_share,
     refuse_labels,
     wide,
 )
-from attar.losses.types import Fraction, NotNegative, Positive
+from attar.losses._softmax import (
+    all_finite,
+    can_be_asked,
+    divergence,
+    label_column,
+    log_probabilities,
+    tempered,
+    weighed,
+)
+from attar.losses.types import Fraction, Positive, Share
 
-# The constants of the official implementations; the published numbers were made with them.
-PEARSON_EPS = 1e-8
+# The constant of the official implementation; the published numbers were made with it.
 STANDARDIZE_EPS = 1e-7
 
 
@@ -75,6 +83,73 @@ def _soft_cross_entropy(student: Tensor, labels: Tensor, smoothing: float) -> Te
     return -(target * log_q).sum(-1)
 
 
+def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Hard distillation, as of DeiT: cross-entropy with the teacher's arg max as the label.
+
+    -log q_k with q = softmax(student) and k = argmax_c teacher_c: only the teacher's decision is
+    kept. Shapes: student and teacher [N, C] logits. Returns [N], in nats; +inf where the student
+    excludes (logit -inf) the teacher's choice. Of equal logits the first is the choice.
+
+    It is not zero where the student is the teacher, as the answer is asked to be sure.
+
+    Paper: Touvron et al., "Training data-efficient image transformers & distillation through
+    attention", ICML 2021: weight ½ next to ½ of cross-entropy with the labels; there it trains a
+    second head (the distillation token), whose address is the term's student signal. The teacher
+    sees the same augmented image.
+
+    Neighbours: `cross_entropy` with labels = teacher.argmax(1); what `kl_divergence` becomes for a
+    teacher whose temperature goes to zero.
+
+    >>> import torch
+    >>> hard_distillation(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]))
+    tensor([2.4076])
+    """
+    check_logits(student, teacher)
+    return F.cross_entropy(wide(student), teacher.detach().argmax(-1), reduction="none")
+
+
+def virtual_teacher(
+    student: Tensor, labels: Tensor, *, correct: Share = 0.99, temperature: Positive = 4.0
+) -> Tensor:
+    """Teacher-free distillation (Tf-KD reg): a teacher that is `correct` and knows nothing else.
+
+    T² Σ_c u_c (log u_c - log q_c), with q = softmax(student / T), and u the teacher that gives the
+    labelled class `correct`, shares the rest evenly, and is softened: its probabilities to the
+    power 1 / T, normalised. Shapes: student [N, C] logits; labels int64 [N], or float [N, C] (after
+    mixup), of which the arg max is the labelled class. Returns [N], in nats times T². A class
+    whose student logit is -inf is absent: the rest is shared among the others.
+
+    Paper: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR
+    2020: 0.99, weight 0.95 with 0.05 of cross-entropy. The official code, with T = 20, takes the
+    softmax of probabilities (all but uniform whatever T), leaves the student at T = 1 and averages
+    over the classes, with 100 before it: neither its T nor its weight carries over.
+
+    Neighbours: at T = 1 it is `cross_entropy` with label_smoothing (1 - correct) C / (C - 1), less
+    a constant. `kl_divergence` to a teacher of these logits is the same number.
+
+    >>> import torch
+    >>> virtual_teacher(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0]))
+    tensor([1.8025])
+    """
+    check_labels(labels, student)
+    check_share("correct", correct)
+    check_positive("temperature", temperature)
+    log_q = F.log_softmax(tempered(student, temperature), dim=-1)
+    log_u = _softened_label(log_q.detach(), label_column(labels, student), correct, temperature)
+    return divergence(log_q, log_u, temperature**2)
+
+
+def _softened_label(log_q: Tensor, column: Tensor, correct: float, temperature: float) -> Tensor:
+    """Log-probabilities of the virtual teacher over the classes that the student has."""
+    gone = log_q == -math.inf
+    others = (log_q.shape[-1] - 1 - gone.sum(-1, keepdim=True)).to(log_q.dtype)
+    right = log_q.new_full((), math.log(correct) / temperature)
+    other = (math.log1p(-correct) - others.clamp(min=1).log()) / temperature
+    total = torch.logaddexp(right, others.log() + other)
+    told = (other - total).expand_as(log_q).masked_fill(gone, -math.inf)
+    return told.scatter(-1, column, right - total)
+
+
 def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: Positive = 4.0) -> Tensor:
     """Knowledge distillation (KD), the soft targets of Hinton: T² Σ_c p_c (log p_c - log q_c).
 
@@ -102,90 +177,52 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: Positive = 4
     """
     check_logits(student, teacher)
     check_positive("temperature", temperature)
-    return _tempered_kl(student, teacher.detach(), temperature)
+    return divergence(*log_probabilities(student, teacher, temperature), temperature**2)
 
 
-def _tempered_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_q = F.log_softmax(_tempered(student, temperature), dim=-1)
-    log_p = F.log_softmax(_tempered(teacher, temperature), dim=-1)
-    return _divergence(log_q, log_p, temperature**2)
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    if logits.dtype is not torch.float32:
-        logits = wide(logits)
-    return logits if temperature == 1 else logits / temperature
-
-
-def _divergence(log_q: Tensor, log_p: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · Σ p (log p - log q) over the last dimension, with 0 log 0 = 0 whatever q is."""
-    p = log_p.exp().mul_(scale)
-    gap = log_p - log_q
-    # Only 0 · inf gives a NaN here. Where there is none, a mask and its backward pass are saved;
-    # only a CPU answers that without waiting.
-    if p.device.type == "cpu" and not torch.compiler.is_compiling():
-        value = (p * gap).sum(-1)
-        flat = value.detach().reshape(-1)
-        if not math.isnan(flat.dot(flat).item()):
-            return value
-    return (p * gap.masked_fill(p == 0, 0.0)).sum(-1)
-
-
-def decoupled_kl(
+def transformed_teacher_kl(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor,
     *,
-    alpha: NotNegative = 1.0,
-    beta: NotNegative = 8.0,
-    temperature: Positive = 4.0,
+    power: Positive = 0.1,
+    weighted: bool = False,
+    temperature: Positive = 1.0,
 ) -> Tensor:
-    """Decoupled knowledge distillation (DKD): T² (α TCKD + β NCKD).
+    """Transformed teacher matching (TTM, WTTM): `kl_divergence` with the teacher softened alone.
 
-    With y the labelled class, p = softmax(teacher / T) and q = softmax(student / T):
-    TCKD = KL([p_y, 1 - p_y] ‖ [q_y, 1 - q_y]) is what the teacher says about how hard the example
-    is, NCKD = KL(p̂ ‖ q̂), with p̂ and q̂ the softmax over the other classes, what it says about
-    them. Shapes: student and teacher [N, C] logits, C >= 3; labels int64 [N], or float [N, C]
-    (after mixup), of which the arg max is the labelled class. Returns [N], in nats times T².
+    T² KL(p̃ ‖ q) with q = softmax(student / T) and p̃_c = p_c^γ / U, where p = softmax(teacher), γ is
+    `power` and U = Σ_c p_c^γ. A power γ is a temperature of 1 / γ on the teacher's side only, so
+    this is Hinton's loss with separate temperatures. The student is pulled towards answers that
+    are themselves soft. With `weighted` each row counts U times: more where the teacher is unsure.
 
-    Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022. Official weights carry over:
-    α = 1 and cross-entropy 1; β = 8 (ResNet pairs), 6 (VGG, WRN) or 2 (ResNet-56) with T = 4 on
-    CIFAR-100; β = 0.5 to 2 with T = 1 on ImageNet. A large β needs a warm-up of the term's weight
-    (20 epochs on CIFAR-100). The official code takes log(softmax) and turns infinite in float32
-    when a logit gap nears 100; here all is in log space. Absent classes as in `kl_divergence`; at
-    least two classes besides the labelled one must be present.
+    Shapes: student and teacher [N, C] logits. Returns [N], in nats times T²; excluded classes
+    (-inf) as in `kl_divergence`.
 
-    Neighbours: α = 1 and β = 1 - p_y (a number a row) is `kl_divergence`. With two classes NCKD is
-    always zero, so C = 2 is refused: use `kl_divergence`.
+    Paper: Zheng & Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024:
+    γ = 0.1 to 0.2, the student at T = 1, so that no T² is in their weights: they carry over (45
+    next to cross-entropy 1 from VGG-13 to VGG-8). U is at least 1, and 1 for a certain teacher.
+
+    Neighbours: γ = 1 / T is `kl_divergence` at T; γ = 1 and T = 1 gives U = 1, plain KL. As γ grows
+    it becomes `hard_distillation`.
 
     >>> import torch
     >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])
-    >>> decoupled_kl(student, teacher, torch.tensor([0]))
-    tensor([4.9280])
+    >>> transformed_teacher_kl(student, teacher)
+    tensor([0.3789])
+    >>> transformed_teacher_kl(student, teacher, weighted=True)
+    tensor([0.9907])
     """
     check_logits(student, teacher)
-    check_labels(labels, student)
-    check_not_negative("alpha", alpha)
-    check_not_negative("beta", beta)
+    check_positive("power", power)
     check_positive("temperature", temperature)
-    if student.shape[1] == 2:
-        raise ValueError(
-            "decoupled_kl needs at least three classes, got 2: "
-            "its non-target part is zero for two, use kl_divergence."
-        )
-    number = labels.argmax(-1) if labels.is_floating_point() else labels.long()
-    column = number.unsqueeze(-1)
-    binary_q, others_q = _decouple(_tempered(student, temperature), column)
-    binary_p, others_p = _decouple(_tempered(teacher.detach(), temperature), column)
-    target, other = _divergence(binary_q, binary_p), _divergence(others_q, others_p)
-    return (alpha * target + beta * other) * temperature**2
-
-
-def _decouple(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (this column, any other) [N, 2], and among the others [N, C]."""
-    others = logits.scatter(-1, column, -math.inf)
-    binary = torch.cat([logits.gather(-1, column), others.logsumexp(-1, keepdim=True)], dim=-1)
-    return F.log_softmax(binary, dim=-1), F.log_softmax(others, dim=-1)
+    log_q = F.log_softmax(tempered(student, temperature), dim=-1)
+    if not weighted:
+        log_p = F.log_softmax(tempered(teacher.detach(), 1 / power), dim=-1)
+        return divergence(log_q, log_p, temperature**2)
+    powers = F.log_softmax(wide(teacher.detach()), dim=-1).mul_(power)
+    log_total = powers.logsumexp(-1, keepdim=True)
+    value = divergence(log_q, powers.sub_(log_total), temperature**2)
+    return value * log_total.squeeze(-1).exp()
 
 
 def standardized_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
@@ -212,12 +249,19 @@ def standardized_kl(student: Tensor, teacher: Tensor, *, temperature: Positive =
     """
     check_logits(student, teacher)
     check_positive("temperature", temperature)
-    return _tempered_kl(_standardized(student), _standardized(teacher.detach()), temperature)
+    pair = log_probabilities(_standardized(student), _standardized(teacher.detach()), temperature)
+    return divergence(*pair, temperature**2)
 
 
 def _standardized(logits: Tensor) -> Tensor:
     logits = wide(logits)
     gone = logits == -math.inf
+    if can_be_asked(gone) and not gone.any():
+        centred = logits - logits.mean(-1, keepdim=True)
+        std = (
+            torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (logits.shape[-1] - 1) ** 0.5
+        )
+        return centred / (std + STANDARDIZE_EPS)
     count = logits.shape[-1] - gone.sum(-1, keepdim=True)
     mean = logits.masked_fill(gone, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
     centred = (logits - mean).masked_fill(gone, 0.0)
@@ -227,58 +271,70 @@ def _standardized(logits: Tensor) -> Tensor:
     return (centred / (std + STANDARDIZE_EPS)).masked_fill(gone, -math.inf)
 
 
-def correlation(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: Positive = 1.0,
-    inter: NotNegative = 1.0,
-    intra: NotNegative = 1.0,
-) -> Tensor:
-    """Distillation from a stronger teacher (DIST): match relations, not values.
+def binary_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 1.0) -> Tensor:
+    """Multi-label logit distillation (MLD): the divergence of every label by itself, summed.
 
-    T² (inter · mean_n (1 - ρ(q_n, p_n)) + intra · mean_c (1 - ρ(q_·c, p_·c))), where ρ is the
-    Pearson correlation, p = softmax(teacher / T) and q = softmax(student / T). The inter-class part
-    asks each row for the teacher's preference among classes, the intra-class part each column for
-    the teacher's preference among the examples of the batch.
+    T² Σ_c KL([p_c, 1 - p_c] ‖ [q_c, 1 - q_c]), with p = sigmoid(teacher / T) and
+    q = sigmoid(student / T): each class is a question of its own, yes or no. Use it where several
+    labels can hold; softmax losses compare labels that do not compete.
 
-    Shapes: student and teacher [N, C] logits. Returns a scalar, in [0, 2 T² (inter + intra)]. The
-    intra part is a relation between the examples present, so the value depends on how the data is
-    batched (with intra=0 it does not); give it 64 or more examples. A row or column in which the
-    teacher is constant has no correlation and contributes 0, not a constant 1: a batch of one has
-    an intra part of 0, an empty batch is 0. Absent classes (-inf on both sides) are as if cut off.
-    ρ is damped by 1e-8 over the product of the norms, as in the official code, so that the loss at
-    equality is zero up to that damping.
+    Shapes: student and teacher [N, C] logits of sigmoids, C >= 1. Returns [N], in nats times T². A
+    logit of -inf is a certain no: nothing where both say it, +inf where only the student does.
 
-    Paper: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022. The
-    official β and γ are inter and intra; the paper's β = γ = 2 is their 1 with a weight of 2;
-    temperature 1 on ImageNet and 4 on CIFAR-100. The segmentation copy of the code drops T².
+    Paper: Yang et al., "Multi-Label Knowledge Distillation" (L2D), ICCV 2023: weight 10 next to the
+    loss on labels, T = 1, a sum over the classes as here. The official code clamps probabilities at
+    1e-8. Codes that average over the classes: weight_ours = weight_theirs / C.
 
-    Neighbours: unchanged by a positive affine map of each row (inter) or each column (intra) of the
-    probabilities; `standardized_kl` has that freedom in the logits.
+    Neighbours: binary cross-entropy with soft labels sigmoid(teacher) less the teacher's entropy;
+    for two classes z and 0 the same as `kl_divergence`.
 
     >>> import torch
-    >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    >>> correlation(student, torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]))
-    tensor(2.5169)
+    >>> binary_kl(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]))
+    tensor([0.7616])
+    """
+    check_same_shape(student, teacher)
+    if student.ndim != 2 or not student.shape[1]:
+        raise ValueError(
+            f"logits must have shape [N, C] with at least one class, got {tuple(student.shape)}."
+        )
+    check_positive("temperature", temperature)
+    student, teacher = tempered(student, temperature), tempered(teacher.detach(), temperature)
+    # log(1 - q) = -softplus(student), and log q = student - softplus(student)
+    said, told = F.softplus(student, threshold=40), F.softplus(teacher, threshold=40)
+    apart = weighed(teacher.sigmoid(), teacher - student) + (said - told).sum(-1)
+    return apart * temperature**2
+
+
+def centered_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of centred logits: the variance over the classes of s - t.
+
+    mean_c ((s_c - s̄) - (t_c - t̄))², with s̄ and t̄ a row's means. A constant added to a row of
+    logits changes no probability, and here costs nothing.
+
+    Shapes: student and teacher [N, C] logits. Returns [N]. Absent classes (-inf on both sides) are
+    as if cut off; a class that one side alone excludes makes the row +inf, without gradient.
+
+    Papers: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", 2014 (not centred); Hinton,
+    Vinyals, Dean, 2015, section 2.1 (centred, as the limit of high temperature); Kim et al., IJCAI
+    2021. Codes that sum over the classes: weight_ours = weight_theirs · C.
+
+    Neighbours: half of it is the limit of `kl_divergence` as T grows. `mse` also asks for the mean.
+    `standardized_kl` leaves the scale free too.
+
+    >>> import torch
+    >>> centered_mse(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[5.0, 7.0, 6.0]]))
+    tensor([2.6667])
     """
     check_logits(student, teacher)
-    check_positive("temperature", temperature)
-    check_not_negative("inter", inter)
-    check_not_negative("intra", intra)
-    real = ~absent(student, teacher)
-    q = F.softmax(_tempered(student, temperature), dim=-1)
-    p = F.softmax(_tempered(teacher.detach(), temperature), dim=-1)
-    mean = 1 / real.sum(-1, keepdim=True).to(p.dtype)  # a row of probabilities sums to one
-    rows = _one_minus_pearson((q - mean) * real, (p - mean) * real, dim=1)
-    columns = _one_minus_pearson(q - q.mean(0), p - p.mean(0), dim=0)
-    inter_part = rows.sum() / max(len(rows), 1)
-    intra_part = columns.sum() / real.any(0).sum().clamp(min=1)
-    return (inter * inter_part + intra * intra_part) * temperature**2
-
-
-def _one_minus_pearson(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """1 - ρ of centred values along `dim`; 0 where the teacher is constant."""
-    norm = torch.linalg.vector_norm(teacher, dim=dim)
-    scale = torch.linalg.vector_norm(student, dim=dim) * norm + PEARSON_EPS
-    return (1 - (student * teacher).sum(dim) / scale) * (norm > 0)
+    gap = wide(student) - wide(teacher.detach())
+    if len(gap) and can_be_asked(gap):
+        value = gap.var(-1, correction=0)
+        if all_finite(value):
+            return value
+    infinite = gap.isinf()
+    gone = infinite | ((student == -math.inf) & (teacher == -math.inf))
+    count = (gap.shape[-1] - gone.sum(-1, keepdim=True)).clamp(min=1)
+    gap = gap.masked_fill(gone, 0.0)
+    centred = (gap - gap.sum(-1, keepdim=True) / count).masked_fill(gone, 0.0)
+    value = centred.square().sum(-1) / count.squeeze(-1)
+    return value.masked_fill(infinite.any(-1), math.inf)
