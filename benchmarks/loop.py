@@ -2,7 +2,8 @@
 
 Goals: attar.distill with its log, its validation and its guard on costs at most 20 us a step more
 than a loop by hand that computes the same losses and the same guard, beyond what two copies of
-that loop differ by; and it is ahead of every other framework that is installed, each run as its
+that loop differ by, on a machine where that loop takes 300 us on the smaller problem; a slower
+machine has as many microseconds more as that loop takes longer on it. And it is ahead of every other framework that is installed, each run as its
 documentation runs it.
 
     python benchmarks/loop.py [--check] [--json FILE] [--quick]
@@ -37,7 +38,8 @@ from _pace import TURN, WARM, interleave
 from _table import Goal, environment, finish, flags, table
 
 PACKAGES = ["torch", "attar", "torchdistill", "accelerate", "transformers", "lightning"]
-MOST = 20  # microseconds
+MOST = 20  # microseconds, where the loop by hand takes
+PACE = 300  # microseconds on the first problem
 SAME = 1e-6
 PROBLEMS = [
     Problem("64-32-10 from 64-128-10, batch 64", (64, 32, 10), (64, 128, 10), 64),
@@ -74,7 +76,8 @@ def main() -> int:
         with quiet():
             verify(problem, peers)
             measured[problem.name] = measure(problem, peers, rounds)
-    goals = [goal for name, halves in measured.items() for goal in judge(name, halves)]
+    pace = measured[PROBLEMS[0].name]["ready"][HAND]["us"] / PACE
+    goals = [goal for name, halves in measured.items() for goal in judge(name, halves, pace)]
     tables = [show(name, halves) for name, halves in measured.items()]
     tables += [NOTES, *(f"absent: {name}: {why}" for name, why in absent.items())]
     report = {"environment": environment(PACKAGES), "absent": absent, "loops": measured}
@@ -163,12 +166,12 @@ def steady_mean(values: np.ndarray) -> float:
     return float(np.median([part.mean() for part in np.array_split(values, 10)]))
 
 
-def judge(name: str, halves: Mapping[str, Rows]) -> list[Goal]:
-    """The goals, on one problem."""
+def judge(name: str, halves: Mapping[str, Rows], pace: float) -> list[Goal]:
+    """The goals, on one problem, on a machine that is slower by the factor *pace*."""
     rows = halves["ready"]
     beyond = rows[OURS]["over_hand"] - abs(rows[AGAIN]["over_hand"])
     return [
-        Goal(f"{name}: attar over hand beyond the null, us", beyond, MOST),
+        Goal(f"{name}: attar over hand beyond the null, us", beyond, MOST * pace),
         *(
             Goal(f"{name}: attar / {peer}", row["attar_of_it"], 1.0)
             for rows in halves.values()
