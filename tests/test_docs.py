@@ -166,7 +166,7 @@ def fields(kind: Any) -> dict[str, Any]:
 
 
 def stage_fields() -> dict[str, Any]:
-    supplied = {"seed", "device", "precision"}
+    supplied = {"seed", "device", "precision", "parallel"}
     plan = {k: v for k, v in fields(attar.Plan).items() if k not in supplied}
     return {"do": dataclasses.MISSING, "terms": dataclasses.MISSING, "label_weight": 0.1} | plan
 

@@ -517,3 +517,23 @@ def test_a_label_weight_that_is_none_is_refused(
 ) -> None:
     with pytest.raises(PreflightError, match="label_weight is"):
         attar.distill(net(), net(seed=5), blobs.train, task_of(blobs), [SOFT], label_weight=weight)
+
+
+def test_recomputing_changes_no_bit(digits: attar.data.Splits) -> None:
+    """Weights and running statistics, with dropout and accumulation."""
+    task = attar.tasks.ImageClassification().fitted(digits.train)
+    students = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        student = attar.models.build("resnet", data=digits.train, depth=8, width=4)
+        student.add_module("drop", nn.Dropout(0.1))
+        options = {"epochs": 1, "batch_size": 128, "accumulate": 2, "recompute": recompute}
+        students.append(attar.train(student, digits.train, task, **options))
+    plain, again = (student.state_dict() for student in students)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert not any("forward" in part.__dict__ for part in students[1].modules())
+
+
+def test_compiling_on_a_cpu_is_refused(blobs: attar.data.Splits, net: partial[nn.Module]) -> None:
+    with pytest.raises(PreflightError, match="compile is for accelerators"):
+        attar.train(net(), blobs.train, task_of(blobs), compile=True, device="cpu")

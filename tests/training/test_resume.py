@@ -405,3 +405,44 @@ def test_the_verbs_resume_and_want_a_run_for_it(blobs: Any, net: Any, tmp_path: 
         assert torch.equal(one, other)
     with pytest.raises(attar.runtime.UsageError, match="name it with run="):
         attar.train(net(), blobs.train, TASK, resume=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 4), (4, 0)])
+def test_the_number_of_workers_changes_no_bit_of_a_resumed_run(
+    blobs: Any, net: Any, tmp_path: Path, before: int, after: int
+) -> None:
+    rows = [(blobs.train.rows(torch.tensor([i]))["inputs"][0], int(i % 3)) for i in range(60)]
+    augment = [attar.data.mixup]
+
+    def part(folder: str, workers: int, crash: int = 10**9) -> str:
+        source = attar.data.DatasetSource(rows, classes=3, workers=workers)
+        plan = PLAN | {"augment": augment, "epochs": 2, "batch_size": 8}
+        data = Watched(source, crash_at(crash))
+        with Run(tmp_path / folder, resume=True) as run:
+            home = Home(run, resume=True)
+            return digest(
+                fit(student(), net(seed=5, width=20), data, TASK, TERMS, home=home, **plan)
+            )
+
+    expected = part("whole", 0)
+    with pytest.raises(Crash):
+        part("run", before, crash=5)
+    with pytest.raises(Crash):
+        part("run", before, crash=6)
+    assert part("run", after) == expected
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_harms_nothing(
+    blobs: Any, net: Any, tmp_path: Path, whole: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = attar.runtime.Snapshots.save, iter(range(100))
+
+    def full(self: Any, *args: Any) -> Any:
+        if next(calls) == 4:
+            raise OSError(28, "No space left on device", str(tmp_path / "run"))
+        return save(self, *args)
+
+    monkeypatch.setattr(attar.runtime.Snapshots, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        go(blobs, net, tmp_path / "run")
+    assert digest(go(blobs, net, tmp_path / "run")) == whole[0]
