@@ -34,7 +34,7 @@ SHARE = 0.02  # of the time, at most, that saving by the clock may take
 ROOM = 3  # checkpoints that must fit on the disk: two are kept while a third is written
 
 if TYPE_CHECKING:
-    from attar.training.fit import Stage
+    from attar.training.stage import Stage
 
 # These change how far or how often, not what a step is.
 FREE = ("epochs", "log_every", "checkpoint_every", "ranks", "parallel")

@@ -146,7 +146,8 @@ def _dry_term(
     except AttarError:
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        hint = "" if term.projector or "feature" not in term.student else "; add projector: linear"
+        inner = term.student.startswith(("feature:", "input:"))
+        hint = "; add projector: linear" if inner and not term.projector else ""
         raise PreflightError(
             f"the term '{term.name}' cannot compare the student's {term.student} "
             f"{_shape(student)} with the teacher's {term.teacher} {_shape(target)}: "

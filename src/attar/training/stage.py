@@ -1,0 +1,217 @@
+"""A stage of training, checked and made ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.runtime import (
+    PreflightError,
+    Ranks,
+    UsageError,
+    Wrap,
+    compiled,
+    connect,
+    eval_mode,
+    generators_seeded,
+    modes_of,
+    recomputed,
+    resolve_device,
+    resolve_precision,
+    restore_modes,
+    to_device,
+)
+from attar.tasks import Task
+from attar.teachers import Teacher
+from attar.training.objective import Objective
+from attar.training.optimization import make_optimizer
+from attar.training.plan import Plan
+from attar.training.preflight import (
+    StagePlan,
+    check_labels,
+    check_pair,
+    check_smallest_batch,
+    dry_pass,
+    plan_stage,
+)
+from attar.training.term import Term, asked_of_teacher
+
+RANK_STRIDE = 0x9E3779B97F4A7C15  # keeps the seeds of ranks apart from those of runs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checked stage, ready to run: made by ``prepared``."""
+
+    objective: Objective
+    teacher: Any
+    plan: Plan
+    shapes: StagePlan
+    ranks: Ranks
+    device: torch.device
+    dtype: torch.dtype | None
+    frozen: list[nn.Module]
+    example: tuple[dict[str, Tensor], dict[str, Tensor]]
+
+    def train(self) -> None:
+        """Training mode, but for parts that a student in training had in eval on purpose."""
+        self.objective.train()
+        for part in self.frozen:
+            part.training = False
+
+    def batches(self, data: Any, epoch: int, *, start: int = 0) -> Iterable[dict[str, Tensor]]:
+        """This rank's share of each batch of an epoch, from batch number *start* on."""
+        return _batches(data, self.plan, self.ranks, epoch, start)
+
+    @contextmanager
+    def wrapped(self) -> Iterator[Wrap]:
+        """The objective as the ranks train it: shared, compiled or recomputed as planned."""
+        self.train()
+        student = self.objective.student
+        with ExitStack() as stack:
+            if self.plan.recompute:
+                stack.enter_context(recomputed(student))
+            if self.plan.compile:
+                _check_compile(self.device)
+                stack.enter_context(compiled(student))
+            wrap = self.ranks.wrap(self.objective, *self.example, precision=self.dtype)
+            yield stack.enter_context(wrap)
+
+
+@contextmanager
+def prepared(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term],
+    label_weight: float,
+    plan: Plan,
+) -> Iterator[Stage]:
+    """Check a stage by a dry pass and hold it open; puts student and teacher back at the end."""
+    with (
+        connect(plan.parallel, plan.device) as ranks,
+        _prepared(student, teacher, data, task, terms, label_weight, plan, ranks) as stage,
+    ):
+        yield stage
+
+
+@contextmanager
+def _prepared(
+    student: nn.Module,
+    teacher: Any,
+    data: Any,
+    task: Task,
+    terms: Sequence[Term],
+    label_weight: float,
+    plan: Plan,
+    ranks: Ranks,
+) -> Iterator[Stage]:
+    device = ranks.device if ranks.world > 1 else resolve_device(plan.device)
+    dtype = resolve_precision(plan.precision, device)
+    asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
+    if asked and teacher is None:
+        raise PreflightError(f"the terms ask a teacher for {asked[0]}, but there is no teacher")
+    if not asked:
+        teacher = None  # nothing to ask it: the terms are on labels and on the student alone
+    teacher = _as_teacher(teacher, task)
+    check_pair(student, teacher)
+    modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
+    with generators_seeded(_seed(plan, ranks), device), _opened(teacher, asked, device):
+        try:
+            student.to(device)
+            batch = to_device(next(iter(_batches(data, plan, ranks, 0, 0))), device)
+            _try_models(student, teacher, task, batch)
+            with Objective(
+                student,
+                task,
+                terms,
+                label_weight=label_weight,
+                example=(batch, told := _told(teacher, asked, batch)),
+                precision=dtype,
+            ).to(device) as objective:
+                check_labels(task, batch, objective)
+                make_optimizer(plan.optimizer, objective)
+                check_smallest_batch(student, task, batch, len(data), plan, ranks.world)
+                shapes = dry_pass(objective, batch, told)
+                stage = plan_stage(objective, teacher, data, plan, shapes)
+                frozen = [part for part, mode in modes if modes[0][1] and not mode]
+                example = batch, told
+                yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
+        finally:
+            restore_modes(modes)
+            student.to(home)
+
+
+def _check_compile(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise PreflightError(
+            "compile is for accelerators: on a CPU it was measured to gain nothing, and torch's "
+            "compiler can end the process there; leave compile out"
+        )
+
+
+def _as_teacher(teacher: Any, task: Task) -> Any:
+    """A bare module becomes a teacher; what cannot answer like one is refused."""
+    if isinstance(teacher, nn.Module):
+        return Teacher(teacher, task)
+    if teacher is not None and not all(hasattr(teacher, name) for name in ("open", "close")):
+        raise UsageError(
+            f"the teacher is a {type(teacher).__name__}; give an attar.Teacher, a module, or an "
+            "object with open(addresses, device), close() and (batch) -> {address: tensor}"
+        )
+    return teacher
+
+
+def _told(teacher: Any, asked: list[str], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if teacher is None:
+        return {}
+    told = teacher(batch)
+    if missing := [address for address in asked if address not in told]:
+        raise PreflightError(f"the teacher was asked for {missing[0]} and did not answer it")
+    if hasattr(teacher, "check"):
+        teacher.check()
+    return told
+
+
+@contextmanager
+def _opened(teacher: Any, asked: list[str], device: torch.device) -> Iterator[None]:
+    if teacher is None:
+        yield
+        return
+    try:
+        teacher.open(asked, device)
+        yield
+    finally:
+        teacher.close()
+
+
+@torch.no_grad()
+def _try_models(student: nn.Module, teacher: Any, task: Task, batch: dict[str, Tensor]) -> None:
+    """Run both models once, so that a wrong input is explained as such."""
+    with eval_mode(student):
+        task.try_forward(student, batch, "student")
+    if isinstance(model := getattr(teacher, "model", None), nn.Module):
+        task.try_forward(model, batch, "teacher")
+
+
+def _batches(
+    data: Any, plan: Plan, ranks: Ranks, epoch: int, start: int
+) -> Iterable[dict[str, Tensor]]:
+    """A plain call where there is one rank: a source of one's own need know no other."""
+    more: dict[str, Any] = {"start": start} if start else {}
+    if ranks.world > 1:
+        more["part"] = (ranks.rank, ranks.world)
+    return data.epoch(
+        epoch, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment, **more
+    )
+
+
+def _seed(plan: Plan, ranks: Ranks) -> int:
+    """Each rank draws its own dropout; rank 0 draws what one process would."""
+    return (plan.seed + ranks.rank * RANK_STRIDE) % 2**64
