@@ -3,8 +3,8 @@
 Goals: attar.distill with its log, its validation and its guard on costs at most 20 us a step more
 than a loop by hand that computes the same losses and the same guard, beyond what two copies of
 that loop differ by, on a machine where that loop takes 300 us on the smaller problem; a slower
-machine has as many microseconds more as that loop takes longer on it. And it is ahead of every other framework that is installed, each run as its
-documentation runs it.
+machine has as many microseconds more as that loop takes longer on it. And it is ahead of every
+other framework that is installed, each run as its documentation runs it.
 
     python benchmarks/loop.py [--check] [--json FILE] [--quick]
 """

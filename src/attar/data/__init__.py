@@ -6,8 +6,10 @@ from attar.data.dataset import DatasetSource
 from attar.data.digits import digits
 from attar.data.draw import Draw
 from attar.data.fashion_mnist import fashion_mnist
+from attar.data.huggingface import dataset
+from attar.data.images import images
 from attar.data.source import Source, Subset, TensorSource
-from attar.data.splits import Data, Splits, split
+from attar.data.splits import Data, Splits, ThreeSplits, split
 from attar.data.tables import csv
 from attar.data.types import Augmentation, Batch
 
@@ -21,12 +23,15 @@ __all__ = [
     "Splits",
     "Subset",
     "TensorSource",
+    "ThreeSplits",
     "crop",
     "csv",
     "cutmix",
+    "dataset",
     "digits",
     "fashion_mnist",
     "flip",
+    "images",
     "mixup",
     "split",
     "tensors",

@@ -44,6 +44,7 @@ class Source(ABC):
     classes: tuple[str, ...] | None
     shape: tuple[int, ...]
     workers: int = 0
+    _fingerprint: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -137,8 +138,8 @@ class Source(ABC):
         shift: Tensor | None = None
         total = square = torch.zeros(self.shape[0], dtype=torch.float64)
         count = 0
-        for ids in self._sample(_STATISTICS_ROWS).split(_CHUNK):
-            values = self.rows(ids)["inputs"].double().transpose(0, 1).flatten(1)
+        for batch in self._sampled(_STATISTICS_ROWS):
+            values = batch["inputs"].double().transpose(0, 1).flatten(1)
             # Differences from one value: a constant is exactly 0, and large means cost no digits.
             shift = values[:, :1] if shift is None else shift
             values = values - shift
@@ -154,17 +155,26 @@ class Source(ABC):
         """SHA-256 of the length, the class names, the forms and at most 1,024 rows.
 
         The rows stand at a fixed stride, so a change between them is not seen. Two sources with
-        the same content have the same fingerprint, whatever they are called and kept in.
+        the same content have the same fingerprint, whatever they are called and kept in. A
+        source is asked for its rows once and then remembers, so it must not change.
         """
+        if self._fingerprint is None:
+            self._fingerprint = self._digest()
+        return self._fingerprint
+
+    def _digest(self) -> str:
         facts: dict[str, object] = {"length": len(self), "classes": self.classes}
         digest = hashlib.sha256()
-        for ids in self._sample(_FINGERPRINT_ROWS).split(_CHUNK):
-            batch = self.rows(ids)
+        for batch in self._sampled(_FINGERPRINT_ROWS):
             for key in sorted(batch.keys() & {"inputs", "labels"}):
                 facts[key] = f"{batch[key].dtype} {list(batch[key].shape[1:])}"
                 digest.update(batch[key].contiguous().numpy().tobytes())
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()
+
+    def _sampled(self, most: int) -> Iterator[Batch]:
+        """At most so many rows at a fixed stride, read ahead like an epoch."""
+        return read(self, self._sample(most).numpy(), _CHUNK, (0, 1))
 
     def _sample(self, most: int) -> Tensor:
         return torch.arange(0, len(self), -(-len(self) // most))

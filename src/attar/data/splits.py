@@ -21,6 +21,23 @@ class Splits(NamedTuple):
     test: Source
 
 
+class ThreeSplits(Splits):
+    """What a reader gives where the data bring a validation part: (train, validation, test)."""
+
+    def __new__(cls, train: Source, validation: Source, test: Source) -> ThreeSplits:
+        return tuple.__new__(cls, (train, validation, test))
+
+    @property
+    def validation(self) -> Source:
+        """The rows that choose the epoch."""
+        return tuple.__getitem__(self, 1)
+
+    @property
+    def test(self) -> Source:
+        """The rows to be judged on."""
+        return tuple.__getitem__(self, 2)
+
+
 Data = Annotated[Callable[..., Splits], "room:readers"]
 """A reader of this room, ``reader(*, options) -> Splits``."""
 
@@ -73,21 +90,27 @@ def strata(
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-def consistent(train: Source, test: Source) -> Splits:
-    """The two as Splits, after a check that one model can read both."""
+def consistent(train: Source, test: Source, validation: Source | None = None) -> Splits:
+    """The parts as Splits, after a check that one model can read them."""
+    if validation is not None:
+        _agree(train, validation, "validation")
+    _agree(train, test, "test")
+    return Splits(train, test) if validation is None else ThreeSplits(train, validation, test)
+
+
+def _agree(train: Source, other: Source, part: str) -> None:
     for what in ("shape", "classes"):
-        first, second = getattr(train, what), getattr(test, what)
+        first, second = getattr(train, what), getattr(other, what)
         if first != second:
             raise DataError(
-                f"{train.name}: {what} {_short(first)} in train but {_short(second)} in test; "
+                f"{train.name}: {what} {_short(first)} in train but {_short(second)} in {part}; "
                 "both must agree"
             )
-    if train.labels is not None and test.labels is not None and train.outputs != test.outputs:
+    if train.labels is not None and other.labels is not None and train.outputs != other.outputs:
         raise DataError(
-            f"{train.name}: labels of {train.outputs} columns in train but {test.outputs} in "
-            "test; both must agree"
+            f"{train.name}: labels of {train.outputs} columns in train but {other.outputs} in "
+            f"{part}; both must agree"
         )
-    return Splits(train, test)
 
 
 def _quotas(sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
