@@ -113,7 +113,10 @@ def test_every_recipe_that_the_readme_checks_passes(
         assert "Nothing was trained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["run", "check", "distill", "evaluate", "list", "report"])
+@pytest.mark.parametrize(
+    "name",
+    ["run", "check", "distill", "evaluate", "list", "report", "demo", "export", "import", "track"],
+)
 def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called([name, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
@@ -128,8 +131,10 @@ def called(words: list[str]) -> int:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_resolves(path: Path) -> None:
-    loaded = load_recipe(path)
-    assert resolve(parse(json.dumps(loaded.full))).full == loaded.full
+    own = path.with_suffix(".py")
+    plugins = [str(own)] if own.is_file() else []
+    loaded = load_recipe(path, plugins=plugins)
+    assert resolve(parse(json.dumps(loaded.full)), plugins=plugins).full == loaded.full
 
 
 def test_the_recipes_of_the_pages_resolve() -> None:
@@ -168,7 +173,12 @@ def fields(kind: Any) -> dict[str, Any]:
 def stage_fields() -> dict[str, Any]:
     supplied = {"seed", "device", "precision", "parallel"}
     plan = {k: v for k, v in fields(attar.Plan).items() if k not in supplied}
-    return {"do": dataclasses.MISSING, "terms": dataclasses.MISSING, "label_weight": 0.1} | plan
+    return {
+        "do": dataclasses.MISSING,
+        "terms": dataclasses.MISSING,
+        "label_weight": 0.1,
+        "init": None,
+    } | plan
 
 
 SCHEMA = {

@@ -104,6 +104,9 @@ def test_no_file_can_run_code(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.module.split(".")[0] not in FORBIDDEN
         if isinstance(node, ast.Call):
+            if path.name == "unpickling.py" and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)  # tensors, and no code
+                continue
             assert ast.unparse(node.func) not in CALLS
             assert not any(k.arg == "shell" or k.arg == "allow_pickle" for k in node.keywords)
 

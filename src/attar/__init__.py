@@ -26,6 +26,7 @@ _ROOMS = {
     "compare": "evaluation",
     "distill": "training",
     "evaluate": "evaluation",
+    "export": "exporting",
     "fit": "training",
     "run": "recipes",
     "train": "training",
@@ -33,6 +34,7 @@ _ROOMS = {
 _OPEN = {
     "data",
     "evaluation",
+    "exporting",
     "losses",
     "models",
     "recipes",

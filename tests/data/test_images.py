@@ -217,10 +217,13 @@ def test_a_large_jpeg_is_resized_to_what_a_full_decoding_gives(tmp_path: Path) -
     assert (both - both[0]).abs().max() <= 3
 
 
-def test_images_of_two_sizes_are_named(tmp_path: Path) -> None:
+def test_images_of_other_sizes_are_named_and_counted(tmp_path: Path) -> None:
     _tree(tmp_path)
     _save(tmp_path / "train" / "dog" / "3.png", _pixels(0, 12, 14))
-    with pytest.raises(DataError, match=r"0\.png is 12 x 12 and dog/3\.png is 12 x 14.*size: 64"):
+    _save(tmp_path / "test" / "cat" / "1.png", _pixels(0, 10, 12))
+    others = r"dog/3\.png \(12 x 14\), cat/1\.png \(10 x 12\); give size: 64"
+    said = rf"2 of 20 images are not 12 x 12 as cat/0\.png is, .*: {others}"
+    with pytest.raises(DataError, match=said):
         images(folder=str(tmp_path))
 
 

@@ -52,7 +52,8 @@ class Own(nn.Module):
 
 def test_families_are_the_rooms_functions():
     assert models.families() == {
-        name: getattr(models, name) for name in ("mlp", "mobilenet", "resnet", "vit")
+        name: getattr(models, name)
+        for name in ("mlp", "mobilenet", "pretrained", "resnet", "timm", "transformers", "vit")
     }
     assert models.__all__ == sorted(models.__all__)
 

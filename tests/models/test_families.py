@@ -9,7 +9,7 @@ from torch import nn
 from attar import models
 from attar.runtime import UsageError
 
-FAMILIES = sorted(models.families())
+FAMILIES = ["mlp", "mobilenet", "resnet", "vit"]  # those that need no other library
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 13)]
 
 

@@ -17,6 +17,7 @@ from attar.recipes import Goal, Recipe, TeacherPlan, check, load_recipe, run
 from attar.runtime import AttarError, DataError, PreflightError, RunExistsError
 
 SOFT = attar.Term(partial(attar.losses.kl_divergence, temperature=2.0), weight=0.9)
+TEACHES = partial(attar.distill, terms=[SOFT], epochs=1)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -42,8 +43,8 @@ def test_a_run_from_yaml_leaves_a_whole_folder(write: Callable[..., Path], tmp_p
     said: list[str] = []
     verdict = run(write(), folder=tmp_path / "run", say=said.append)
     assert {p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"} == {
-        "baseline", "checkpoints", "metrics.jsonl", "plan.json", "recipe.json", "report.html",
-        "student", "teacher", "verdict.json",
+        "baseline", "checkpoints", "figures.json", "metrics.jsonl", "plan.json", "recipe.json",
+        "report.html", "student", "teacher", "verdict.json",
     }  # fmt: skip
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert written["headline"] == verdict.headline
@@ -360,7 +361,7 @@ def test_a_loss_with_weights_starts_anew_in_every_seed(
     [
         ({"stages": [partial(attar.distill, epochs=1, terms=[])]}, "has no terms"),
         ({"stages": [partial(attar.distill, seed=3, terms=[SOFT])]}, "'seed' is the recipe's own"),
-        ({"stages": [print]}, "a stage is distill or train, not print"),
+        ({"stages": [TEACHES, print]}, "a stage is distill, train or export, not print"),
         ({"student": lambda: nn.Linear(9, 3)}, r"cannot read inputs \[2\]"),
         ({"student": lambda: nn.Linear(2, 7)}, "task has 3 classes"),
     ],

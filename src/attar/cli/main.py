@@ -1,4 +1,4 @@
-"""`attar`: run, check, distill, evaluate, list, report, demo.
+"""`attar`: run, check, distill, evaluate, export, list, report, track, demo.
 
 Rooms are imported inside the commands: `attar --help` must not wait for torch.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from attar.cli.demo import app as demo
+from attar.cli.importing import import_
 
 EPILOG = (
     "Exit codes: 0 done; 1 the goal was missed; 3 training diverged; 64 wrong usage; 65 wrong "
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.add_typer(demo)
+app.command(name="import")(import_)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
@@ -63,6 +65,25 @@ AllowDrift = Annotated[
         help="With --resume: a difference to the run so far that you want, such as torch.",
     ),
 ]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, fashion_mnist, a CSV file, a folder of images by class or of idx files, or "
+        "a data set of Hugging Face's datasets: a folder, a .parquet file, or owner/name."
+    ),
+]
+Target = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="The label's column, of a table or data set.")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="A column of the inputs of a data set; may be repeated."),
+]
+Size = Annotated[
+    int | None, typer.Option(min=1, metavar="PIXELS", help="Resize and crop images to a square.")
+]
+Regression = Annotated[bool, typer.Option(help="The label is a number.")]
+Licence = Annotated[str | None, typer.Option(metavar="TEXT", help="Told in the model card.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict's line alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -110,13 +131,15 @@ def check(
 @app.command()
 def distill(
     teacher: Annotated[
-        str, typer.Option(help="Folder of a saved model, or a family of models to train.")
+        str, typer.Option(help="A saved model's folder, owner/name on the hub, or a family.")
     ],
     student: Annotated[str, typer.Option(help="A family of models: mlp, resnet, ...")],
-    data: Annotated[str, typer.Option(help="digits, fashion_mnist, a CSV file or an idx folder.")],
+    data: Data,
     overrides: Overrides = None,
-    target: Annotated[str | None, typer.Option(help="The label's column of a CSV file.")] = None,
-    regression: Annotated[bool, typer.Option(help="The CSV's label is a number.")] = False,
+    target: Target = None,
+    inputs: Inputs = None,
+    size: Size = None,
+    regression: Regression = False,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of teacher and student.")] = 30,
     folder: Folder = None,
     plugin: Plugins = None,
@@ -126,10 +149,11 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Write a recipe from a few choices, then run it."""
-    from attar.cli.write import write_recipe
+    from attar.cli.write import Choices, write_recipe
     from attar.recipes import parse, resolve
 
-    text = write_recipe(teacher, student, data, target=target, regression=regression, epochs=epochs)
+    said = Choices(target, inputs or (), size, regression)
+    text = write_recipe(teacher, student, data, said, epochs=epochs)
     loaded = resolve(parse(text, "distill"), overrides=overrides or (), plugins=plugin or ())
     place = folder or Path("runs") / f"{Path(data).stem}-{student}"
     if not (quiet or as_json):
@@ -140,17 +164,61 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
-    data: Annotated[str, typer.Option(help="digits, fashion_mnist, a CSV file or an idx folder.")],
-    target: Annotated[str | None, typer.Option(help="The label's column of a CSV file.")] = None,
-    regression: Annotated[bool, typer.Option(help="The CSV's label is a number.")] = False,
+    data: Data,
+    target: Target = None,
+    inputs: Inputs = None,
+    size: Size = None,
+    regression: Regression = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Score a saved model on the test split of some data."""
-    from attar.cli.write import evaluate_model
+    from attar.cli.write import Choices, evaluate_model
 
-    found = evaluate_model(model, data, target=target, regression=regression, plugins=plugin or ())
+    said = Choices(target, inputs or (), size, regression)
+    found = evaluate_model(model, data, said, plugins=plugin or ())
     print(json.dumps(found.scores, indent=2) if as_json else found)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    data: Data,
+    into: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.")],
+    formats: Annotated[
+        str, typer.Option(help="safetensors, onnx, torch_export, with commas between them.")
+    ] = "safetensors",
+    target: Target = None,
+    inputs: Inputs = None,
+    size: Size = None,
+    regression: Regression = False,
+    licence: Licence = None,
+    teacher_licence: Licence = None,
+    data_licence: Licence = None,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Write a saved model in formats that others read, each checked on the test split."""
+    from attar.cli.tables import print_exports
+    from attar.cli.write import Choices, export_model
+
+    made = export_model(
+        model,
+        data,
+        Choices(target, inputs or (), size, regression),
+        into,
+        [name.strip() for name in formats.split(",")],
+        plugins=plugin or (),
+        licence=licence,
+        teacher_licence=teacher_licence,
+        data_licence=data_licence,
+    )
+    told = [artefact.to_json() for artefact in made]
+    if as_json:
+        print(json.dumps(told, indent=2))
+    else:
+        print_exports(told)
+        print(f"card       {into / 'README.md'}")
 
 
 @app.command(name="list")
@@ -179,10 +247,29 @@ def report(
     print(page(run))
 
 
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[str, typer.Option(help="tensorboard, mlflow or wandb.")] = "tensorboard",
+    into: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where to; for mlflow also a tracking URI."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on while the run runs, until its verdict.")
+    ] = False,
+) -> None:
+    """Send what a run logs to TensorBoard, MLflow or Weights & Biases."""
+    from attar.integrations import track as send
+
+    count = send(run, to, into=into, follow=follow, say=_say)  # type: ignore[arg-type]
+    print(f"sent {count:,} records")
+
+
 def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any) -> None:
-    from attar.cli.tables import print_verdict
+    from attar.cli.tables import print_exports, print_verdict
     from attar.recipes import run as run_recipe
-    from attar.runtime import EXIT_GOAL_MISSED
+    from attar.runtime import EXIT_GOAL_MISSED, read_json
 
     silent = quiet or as_json
     say = None if silent else _say
@@ -195,6 +282,7 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any)
     else:
         print_verdict(verdict, whole=not quiet)
         if not quiet:
+            print_exports(read_json(folder / "verdict.json")["exports"])
             print(f"report     {folder / 'report.html'}")
     if verdict.goal is not None and not verdict.goal.met:
         raise typer.Exit(EXIT_GOAL_MISSED)

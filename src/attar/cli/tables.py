@@ -29,6 +29,26 @@ def print_verdict(verdict: Any, *, whole: bool) -> None:
         console.print(verdict.goal_line, soft_wrap=True)
 
 
+def print_exports(exports: Sequence[dict[str, Any]]) -> None:
+    """A line for each exported file; nothing where there is none."""
+    if not exports:
+        return
+    threads = f"on {exports[0]['threads']} thread{'s' * (exports[0]['threads'] > 1)}"
+    made = Table(box=None, header_style="", padding=(0, 2, 0, 0))
+    for title in ("exported", "size", "1 example, ms", "64 examples, ms", "difference"):
+        made.add_column(title, justify="left" if title == "exported" else "right")
+    for each in exports:
+        taken = [each["latency"][batch] for batch in ("1", "64")]
+        times = [f"{time['p50_ms']:.3g} / {time['p95_ms']:.3g}" for time in taken]
+        made.add_row(each["path"], _bytes(each["bytes"]), *times, f"{each['difference']:.1g}")
+    console.print(made)
+    console.print(
+        f"times: median / 95 % of passes, {threads}; difference: the largest of any output to "
+        f"the model, on {exports[0]['examples']} test examples",
+        soft_wrap=True,
+    )
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """What a run would do, as `attar check` found it."""
     data, seeds = plan["data"], plan["seeds"]
@@ -52,6 +72,10 @@ def print_plan(plan: dict[str, Any]) -> None:
     lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
     for index, stage in enumerate(plan["stages"]):
         lines += [(f"stage {index}", _stage(stage, seeds)), *map(_term, stage["terms"])]
+    if "export" in plan:
+        made = plan["export"]
+        formats = f"{', '.join(made['formats'])}; tried on the untrained student"
+        lines.append((made["folder"], formats))
     _print_rows(lines, 11)
     console.print("checked: every stage ran on one batch. Nothing was trained.")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,8 +25,11 @@ _PARTS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-_FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_FILES = {
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"
+}  # fmt: skip
 _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_NUMBER = re.compile(r"u?int\d+|float\d+|bool|double")
 _LOOKED_AT = 10_000
 
 
@@ -120,8 +124,8 @@ def dataset(
     Parameters
     ----------
     path:
-        A folder written by ``save_to_disk``; a .parquet, .csv, .json or .jsonl file, or a folder
-        of such; or ``owner/name`` on the hub, which is fetched and kept by ``datasets``.
+        A folder written by ``save_to_disk``; a .parquet, .arrow, .csv, .json or .jsonl file, or a
+        folder of such; or ``owner/name`` on the hub, which is fetched and kept by ``datasets``.
     inputs:
         A column of images (uint8 [3, H, W], or [1, H, W] when all are grey), a column of numbers
         or of arrays of one shape, or a list of columns with a number each. Arrays of uint8
@@ -169,6 +173,23 @@ def dataset(
     return consistent(train, sources["test"], sources.get("validation"))
 
 
+def columns(path: str) -> dict[str, str]:
+    """What each column of the training rows holds: classes, image, number, array, text or other."""
+    rows = _parts(path, None)["train"]
+    return {column: _use(rows, column) for column in rows.column_names}
+
+
+def _use(rows: Any, column: str) -> str:
+    feature, dtype = _feature(rows, column)
+    if getattr(feature, "names", None):
+        return "classes"
+    if _is_image(rows, column):
+        return "image"
+    if not _NUMBER.fullmatch(dtype):
+        return "text" if "string" in dtype else "other"
+    return "number" if type(feature).__name__ == "Value" else "array"
+
+
 def _parts(path: str, config: str | None) -> dict[str, Any]:
     """The rows of each split, in the order train, validation, test."""
     try:
@@ -178,7 +199,8 @@ def _parts(path: str, config: str | None) -> dict[str, Any]:
             'dataset needs the package datasets; install it: pip install "attar[datasets]"'
         ) from None
     try:
-        found = _loaded(datasets, path, config)
+        with _silent(datasets, os.path.exists(path)):
+            found = _loaded(datasets, path, config)
     except AttarError:
         raise
     except Exception as error:
@@ -198,6 +220,19 @@ def _parts(path: str, config: str | None) -> dict[str, Any]:
     if empty:
         raise DataError(f"dataset: {path}: the split {empty} has no rows; leave it out")
     return parts
+
+
+@contextmanager
+def _silent(datasets: Any, local: bool) -> Iterator[None]:
+    """Without bars of progress; only a download takes long enough for one."""
+    shown = local and not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _loaded(datasets: Any, path: str, config: str | None) -> Any:
@@ -329,7 +364,7 @@ def _numeric(
 
 def _number_type(name: str, rows: Any, column: str) -> str:
     dtype = _feature(rows, column)[1]
-    if not re.fullmatch(r"u?int\d+|float\d+|bool|double", dtype):
+    if not _NUMBER.fullmatch(dtype):
         raise DataError(
             f"{name}: column '{column}' holds {_kind(rows, column)}, and inputs are images or "
             "numbers; name another column, or encode it"
@@ -382,7 +417,7 @@ def _labelled(name: str, parts: dict[str, Any], column: str | None) -> dict[str,
         _no_gap(f"{name} {part}", column, cells[part])
     if "string" in dtype:
         return _named(name, column, {part: cell.to_pylist() for part, cell in cells.items()})
-    if not re.fullmatch(r"u?int\d+|float\d+|bool|double", dtype):
+    if not _NUMBER.fullmatch(dtype):
         raise DataError(
             f"{name}: column '{column}' holds {_kind(parts['train'], column)}, and labels are "
             "classes or numbers; name another column"

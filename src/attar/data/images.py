@@ -284,12 +284,17 @@ def _headers(part: _Folder, workers: int) -> list[Header]:
 
 def _one_size(files: Sequence[str], headers: Sequence[Header]) -> None:
     first = headers[0]
-    for file, other in zip(files, headers, strict=True):
-        if other[1:] != first[1:]:
-            raise decoding.differ(
-                (_printable(files[0]), first.height, first.width),
-                (_printable(file), other.height, other.width),
-            )
+    others = [
+        f"{_printable(file)} ({other.height} x {other.width})"
+        for file, other in zip(files, headers, strict=True)
+        if other[1:] != first[1:]
+    ]
+    if others:
+        raise DataError(
+            f"{len(others):,} of {len(files):,} images are not {first.height} x {first.width} as "
+            f"{_printable(files[0])} is, and all must have one size: {decoding.listed(others)}; "
+            "give size: 64, or any other, to resize them"
+        )
 
 
 def _printable(text: str) -> str:

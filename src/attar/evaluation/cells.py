@@ -60,13 +60,17 @@ def columns(verdict: Verdict) -> list[str]:
     return [name for name in [*first, *others] if name in verdict.models]
 
 
+def _title(verdict: Verdict, name: str) -> str:
+    return verdict.called if name == "distilled" else TITLES.get(name, name)
+
+
 def table(verdict: Verdict) -> dict[str, Any]:
     """Quality and cost of each model, as titles, sections, rows and cells."""
     names = columns(verdict)
     quality = [*_scores(verdict), *_towards_teacher(verdict)]
     sections = [("Quality", quality), ("Cost", _costs(verdict))]
     return {
-        "columns": [{"key": name, "title": clean(TITLES.get(name, name))} for name in names],
+        "columns": [{"key": name, "title": clean(_title(verdict, name))} for name in names],
         "sections": [
             {"title": heading, "rows": [_pick(row, names) for row in rows if _told(row, names)]}
             for heading, rows in sections
@@ -259,7 +263,7 @@ def class_table(verdict: Verdict) -> dict[str, Any] | None:
     if not judged:
         return None
     names = columns(verdict)
-    heads = [clean(TITLES.get(name, name)) for name in names]
+    heads = [clean(_title(verdict, name)) for name in names]
     against = f"against {TITLES.get(verdict.against, verdict.against)}" if verdict.against else ""
     unit = ", in percent" if is_share(verdict.metric) else ""
     return {

@@ -35,6 +35,7 @@ def judge(
     seconds: Mapping[str, float] | None = None,
     teacher_share: float | None = None,
     retain: float | None = None,
+    called: str = "distilled",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Verdict:
@@ -52,6 +53,7 @@ def judge(
         seconds: training time of one run, by role or name.
         teacher_share: the share of the distillation's time that was spent asking the teacher.
         retain: the goal: the share of the teacher's metric to keep, as 0.99.
+        called: what the judged student is called.
         resamples, seed: of the bootstrap.
 
     Raises:
@@ -90,6 +92,7 @@ def judge(
         teacher_share=teacher_share,
         resamples=resamples,
         labels=_class_counts(labels, models["distilled"].per_class),
+        called=called,
     )
 
 

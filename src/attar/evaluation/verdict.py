@@ -79,6 +79,8 @@ class Verdict:
         floor: the primary metric of the best constant answer.
         teacher_share: the share of the distillation's time that was spent asking the teacher.
         labels: the examples of each class in the test set.
+        called: what the judged student is called: "distilled", or "transferred" where it inherits
+            weights and asks no teacher.
     """
 
     metric: str
@@ -95,6 +97,7 @@ class Verdict:
     teacher_share: float | None = None
     resamples: int = 1000
     labels: tuple[int, ...] | None = field(default=None, repr=False)
+    called: str = "distilled"
 
     @property
     def headline(self) -> str:
@@ -122,6 +125,7 @@ class Verdict:
                 "method": wording.method(self),
                 "outcome": self.outcome,
                 "against": self.against,
+                "called": self.called,
                 "metric": self.metric,
                 "percent": is_share(self.metric),
                 "higher_is_better": self.higher_is_better,

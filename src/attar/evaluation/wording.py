@@ -221,7 +221,7 @@ def _doubts_of_models(verdict: Verdict) -> list[str]:
     for name in ("teacher", "distilled"):
         floor, model = verdict.floor, models.get(name)
         if model and floor is not None and not above(model.primary.value, floor):
-            who = "teacher" if name == "teacher" else "distilled student"
+            who = "teacher" if name == "teacher" else f"{verdict.called} student"
             found.append(f"The {who} is no better than always giving the same answer.")
     teacher, baseline = models.get("teacher"), models.get("baseline")
     if teacher and baseline and not above(teacher.primary.value, baseline.primary.value):

@@ -1,22 +1,35 @@
 """Models: families to build from, and folders of safetensors and JSON to keep them in."""
 
 from attar.models import projectors
+from attar.models.architectures import transformers
 from attar.models.build import build, families
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
+from attar.models.hub import is_foreign, own_classes, pretrained
 from attar.models.store import load, load_weights, read_extra, save
+from attar.models.timm_models import timm
+from attar.models.transfer import Transfer, head_of, transfer, transferable
 from attar.models.transformer import vit
 
 __all__ = [
+    "Transfer",
     "build",
     "families",
+    "head_of",
+    "is_foreign",
     "load",
     "load_weights",
     "mlp",
     "mobilenet",
+    "own_classes",
+    "pretrained",
     "projectors",
     "read_extra",
     "resnet",
     "save",
+    "timm",
+    "transfer",
+    "transferable",
+    "transformers",
     "vit",
 ]

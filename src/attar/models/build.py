@@ -12,8 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 from torch import nn
 
+from attar.models.architectures import transformers
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
+from attar.models.hub import pretrained
+from attar.models.timm_models import timm
 from attar.models.transformer import vit
 from attar.models.types import DataLike, Shape, Size
 from attar.runtime import UsageError, suggest
@@ -23,7 +26,15 @@ Family = Callable[..., nn.Module]
 
 def families() -> dict[str, Family]:
     """The families of this room by name."""
-    return {"mlp": mlp, "mobilenet": mobilenet, "resnet": resnet, "vit": vit}
+    return {
+        "mlp": mlp,
+        "mobilenet": mobilenet,
+        "pretrained": pretrained,
+        "resnet": resnet,
+        "timm": timm,
+        "transformers": transformers,
+        "vit": vit,
+    }
 
 
 def build(
@@ -40,8 +51,8 @@ def build(
     Args:
         family: a name from `families`, or a function (or class) of your own,
             ``f(shape, outputs, *, options) -> nn.Module``; a ``functools.partial`` of either.
-        data: a source; it supplies *shape*, *outputs* and, where the family names them, ``mean``
-            and ``std``. What is given explicitly wins.
+        data: a source; it supplies *shape*, *outputs* and, where the family names them, ``mean``,
+            ``std`` and ``labels`` (the names of the classes). What is given explicitly wins.
         shape: shape of one input, e.g. ``(1, 28, 28)``.
         outputs: number of classes or targets.
         options: the family's own; they must be JSON values.
@@ -62,6 +73,7 @@ def build(
         shape = data.shape if shape is None else shape
         outputs = data.outputs if outputs is None else outputs
         options = _with_statistics(function, data, options)
+        options = _with_labels(function, data, outputs, options)
     for needed, value in (("shape", shape), ("outputs", outputs)):
         if value is None:
             raise UsageError(f"{name}: {needed} is not known; pass {needed}= or labelled data=")
@@ -80,6 +92,9 @@ def construct(function: Family, name: str, options: Mapping[str, Any]) -> nn.Mod
     module = function(shape, outputs, **values)
     if not isinstance(module, nn.Module):
         raise UsageError(f"{name} must return an nn.Module, not {type(module).__name__}")
+    if name in families() and (same := getattr(module, "built_as", None)) is not None:
+        module.attar_build = same  # a family that read a file is built again without it
+        return module
     recorded = {"shape": shape, "outputs": outputs, **_json_defaults(known), **own}
     built: Any = {"family": name, "options": json.loads(json.dumps(recorded))}
     module.attar_build = built
@@ -126,6 +141,16 @@ def _with_statistics(function: Family, data: DataLike, options: dict[str, Any]) 
         return options
     mean, std = data.statistics()
     return {**options, "mean": mean, "std": std}
+
+
+def _with_labels(
+    function: Family, data: DataLike, outputs: int | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    classes = getattr(data, "classes", None)
+    known, _ = _parameters(function, _name(function))
+    if "labels" not in known or "labels" in options or classes is None or len(classes) != outputs:
+        return options
+    return {**options, "labels": list(classes)}
 
 
 def _parameters(function: Family, name: str) -> tuple[dict[str, inspect.Parameter], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,6 @@ from attar.runtime import DataError, UsageError
 RECORD = "model.json"
 WEIGHTS: Final = "model.safetensors"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-CONVERT = (
-    "is not read, because such a file can hold code; where it was made, write the weights with "
-    "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors') and use "
-    "attar.models.load_weights(model, 'weights.safetensors')"
-)
 FORMAT: Final = "attar-model/1"
 LIMIT = 1 << 20  # bytes
 
@@ -151,9 +147,17 @@ def model_folder(path: Path) -> Path:
     return path
 
 
+def to_convert(path: Path) -> str:
+    """What to do about a file of pickled weights."""
+    return (
+        "is not read, because such a file can hold code; convert it, which runs none: "
+        f"attar import {shlex.quote(str(path))} --into {shlex.quote(path.stem)}.safetensors"
+    )
+
+
 def _advice_for_file(path: Path) -> str:
     if path.suffix.lower() in PICKLES:
-        return CONVERT
+        return to_convert(path)
     if (path.parent / RECORD).is_file():
         return f"is a file of a model folder; load the folder, {path.parent}"
     return (

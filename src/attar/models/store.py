@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.models.build import Family, construct, families, known_families
+from attar.models.faces import has_unsaved_buffers
 from attar.models.record import (
     RECORD,
     WEIGHTS,
@@ -39,6 +40,8 @@ from attar.models.weights import damage, header, header_of, read, safetensors_fi
 from attar.runtime import DataError, UsageError, suggest, write_atomic
 
 PENDING = f"{WEIGHTS}.new"
+FOREIGN = ("config.json", "preprocessor_config.json")
+_NOT_ON_META = {"timm"}  # its constructors compute with values
 
 
 def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
@@ -47,7 +50,9 @@ def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None 
     ``model.safetensors`` holds parameters and persistent buffers on the CPU, in their own types,
     tied tensors once; ``model.json`` holds how to build the module, the names and shapes, the
     SHA-256 of the weights, and *extra* (JSON values such as class names). A model that is in
-    *folder* already is replaced; a crash leaves the old one or the new one.
+    *folder* already is replaced; a crash leaves the old one or the new one. A model of
+    transformers gets ``config.json`` and ``preprocessor_config.json`` too, so that
+    ``AutoModelForImageClassification.from_pretrained`` reads the same folder.
 
     Errors: tensors that are not plain and dense, or that overlap without being the same; extra
     that is not JSON; a module that `build` made and that was changed since, so that `load` could
@@ -78,8 +83,27 @@ def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None 
     )
     _settle(target)
     write_atomic(target / PENDING, weights)
+    _write_beside(module, target)
     write_atomic(target / RECORD, record)
     os.replace(target / PENDING, target / WEIGHTS)
+
+
+def _write_beside(module: nn.Module, folder: Path) -> None:
+    """Files by which another library reads the folder too; attar reads none of them."""
+    beside = getattr(module, "attar_files", None)
+    files: dict[str, bytes] = {} if beside is None else beside()
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    if not files and _holds_transformers(folder):
+        for name in FOREIGN:  # they described the model that is replaced
+            (folder / name).unlink(missing_ok=True)
+
+
+def _holds_transformers(folder: Path) -> bool:
+    try:
+        return read_record(folder).family == "transformers"
+    except (DataError, FileNotFoundError):
+        return False
 
 
 def load(
@@ -150,7 +174,7 @@ def _build_record(
     if built is None:
         return None, {}
     family, options = built["family"], built["options"]
-    if family in families():
+    if family in families() and family not in _NOT_ON_META:
         with torch.device("meta"):
             again = construct(families()[family], family, options)
         changed = shape_differences(shapes_of(again.state_dict()), shapes_of(state))
@@ -185,7 +209,7 @@ def _rebuilt(path: Path, record: Record, more: Mapping[str, Family] | None) -> n
 def _constructed(path: Path, record: Record, function: Family) -> nn.Module:
     """A module of uninitialised or random weights, checked before a family of ours takes memory."""
     name = str(record.family)
-    if name not in families():
+    if name not in families() or name in _NOT_ON_META:
         with torch.random.fork_rng(devices=[]):
             return construct(function, name, record.options)
     try:
@@ -194,6 +218,9 @@ def _constructed(path: Path, record: Record, function: Family) -> nn.Module:
     except (OverflowError, RuntimeError, TypeError):
         raise UsageError(f"the options of {name} ask for a tensor beyond any memory") from None
     _refuse(path / RECORD, shape_differences(shapes_of(module.state_dict()), record.shapes()))
+    if has_unsaved_buffers(module):  # no file fills them: only the constructor can
+        with torch.random.fork_rng(devices=[]):
+            return construct(function, name, record.options)
     return module.to_empty(device="cpu")
 
 

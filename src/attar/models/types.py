@@ -15,6 +15,8 @@ Count = Annotated[int, Ge(1), Le(1000)]
 Widths = Annotated[tuple[Size, ...], Len(0, 1000)]
 Shape = Annotated[tuple[Size, ...], Len(1, 8)]
 Numbers = tuple[float, ...] | None
+Pair = tuple[Size, Size] | None
+Labels = tuple[str, ...] | None
 
 Model = Annotated[Callable[..., nn.Module], "room:models"]
 Projector = Annotated[Callable[..., nn.Module], "room:projectors"]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from attar.models.record import CONVERT, PICKLES, TensorInfo, WeightsFile
+from attar.models.record import PICKLES, TensorInfo, WeightsFile, to_convert
 from attar.runtime import DataError, UsageError
 
 
@@ -56,7 +56,7 @@ def safetensors_file(path: Path) -> Path:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; use attar.models.load(folder), or name the file")
     if path.suffix.lower() in PICKLES:
-        raise DataError(f"{path}: {CONVERT}")
+        raise DataError(f"{path}: {to_convert(path)}")
     if path.suffix.lower() != ".safetensors":
         raise DataError(f"{path}: is no .safetensors file; only such a file is read")
     if not path.is_file():

@@ -14,15 +14,20 @@ from torch import nn
 
 from attar.data import Source, split
 from attar.evaluation import bootstrap, collect, count_macs
-from attar.models import build, load, load_weights, read_extra
+from attar.models import build, is_foreign, load, load_weights, own_classes, pretrained, read_extra
+from attar.recipes import exports
 from attar.recipes.recipe import Recipe, TeacherPlan
 from attar.recipes.rooms import SUPPLIED
-from attar.runtime import PreflightError, eval_mode
+from attar.runtime import DataError, PreflightError, eval_mode
 from attar.tasks import Regression, Task, restore
+from attar.tasks.classification import Classification
 from attar.tasks.task import Rows
-from attar.teachers import Teacher
+from attar.teachers import Teacher, project, renamed
 from attar.training import Term, distill, train
 from attar.training import check as check_stage
+
+# What is said of a student that knows something; one that starts at random has no use for it.
+INHERITED = {"init", "freeze", "unfreeze_every", "layer_decay", "frozen_batch_norm", "l2_sp"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,22 @@ class Job:
         return {"label_weight": 1.0, "seed": self.recipe.seed, **self.common, **own}
 
     @property
+    def distils(self) -> bool:
+        """Whether a stage asks the teacher; else the student only inherits weights."""
+        verbs = (s.func if isinstance(s, partial) else s for s in self.recipe.stages)
+        return any(verb is distill for verb in verbs)
+
+    @property
+    def called(self) -> str:
+        """What the student is called when it is done."""
+        return "distilled" if self.distils else "transferred"
+
+    @property
+    def elder(self) -> str:
+        """What the recipe's teacher is called: where none is asked, it is a source of weights."""
+        return "teacher" if self.distils else "source"
+
+    @property
     def labelled(self) -> bool:
         """Whether there can be a baseline: the same student on labels alone."""
         return self.train.labels is not None
@@ -62,7 +83,7 @@ class Job:
 def prepare(recipe: Recipe) -> Job:
     """Read the data, settle the task, make or load the teacher; trains nothing."""
     splits = recipe.data if isinstance(recipe.data, tuple) else recipe.data()
-    train, validation, test = _three(splits, recipe)
+    train, validation, test = _three([_fewer(splits[0], recipe), *splits[1:]], recipe)
     task = _task(recipe).fitted(train)
     for part in (validation, test):
         if part.labels is None:
@@ -74,7 +95,20 @@ def prepare(recipe: Recipe) -> Job:
         "parallel": recipe.parallel,
     }
     job = Job(recipe, train, validation, test, task, nn.Identity(), common)
-    return replace(job, teacher=seeded(recipe.seed, partial(_teacher_model, job)))
+    teacher = seeded(recipe.seed, partial(_teacher_model, job))
+    return replace(job, teacher=_projected(job, teacher))
+
+
+def _fewer(train: Source, recipe: Recipe) -> Source:
+    """The rows of the training split that the recipe uses."""
+    wanted, there = recipe.examples, len(train)
+    if wanted is None or wanted == there:
+        return train
+    if wanted > there:
+        raise PreflightError(
+            f"examples is {wanted:,}, but {train.name} has {there:,} training rows"
+        )
+    return split(train, wanted / there, seed=recipe.seed)[1]
 
 
 def _task(recipe: Recipe) -> Task:
@@ -90,6 +124,10 @@ def _taught_task(recipe: Recipe) -> Task | None:
     """The task that a loaded teacher was saved with."""
     plan = recipe.teacher
     if not isinstance(plan, TeacherPlan) or plan.load is None or plan.model is not None:
+        return None
+    if plan.projects:
+        return None  # its task is another one
+    if is_foreign(plan.load):
         return None
     described = read_extra(plan.load).get("task")
     return None if described is None else restore(described)
@@ -114,12 +152,55 @@ def _teacher_model(job: Job) -> nn.Module:
     if plan.model is None:
         assert plan.load is not None
         if taught := _taught_task(job.recipe):
-            taught.fitted(job.train)  # the same classes in the same order
+            _check_taught(taught, job)
+        if is_foreign(plan.load):
+            if plan.projects:
+                names = own_classes(plan.load)
+                return pretrained(job.train.shape, len(names), path=plan.load, head="keep")
+            keep = partial(pretrained, path=plan.load, head="keep")
+            return build(keep, data=job.train, outputs=job.task.width)
         return load(plan.load)
     model = made_model(plan.model, job)
     if plan.load is not None:
         load_weights(model, plan.load)
     return model
+
+
+def _check_taught(taught: Task, job: Job) -> None:
+    """The teacher's classes must be the student's, in the same order."""
+    try:
+        taught.fitted(job.train)
+    except DataError as error:
+        raise DataError(
+            f"the teacher cannot teach these classes as it is: {error}; if it is meant to know "
+            "others, add project: true to the teacher"
+        ) from None
+
+
+def _projected(job: Job, model: nn.Module) -> nn.Module:
+    """The teacher as one of this task's classes, where it knows others."""
+    plan = job.recipe.teacher
+    if not isinstance(plan, TeacherPlan) or not plan.projects:
+        return model
+    assert plan.load is not None
+    if not isinstance(job.task, Classification):
+        raise PreflightError("a teacher's classes are projected onto classes; the task has none")
+    if plan.classes is None:
+        return project(model, job.train, job.task)
+    return renamed(model, _own_classes(plan.load), job.task, plan.classes)
+
+
+def _own_classes(folder: str) -> Sequence[str]:
+    """What a loaded teacher's classes are called."""
+    if is_foreign(folder):
+        return own_classes(folder)
+    described = read_extra(folder).get("task")
+    taught = None if described is None else restore(described)
+    if not isinstance(taught, Classification):
+        raise PreflightError(
+            f"{folder}: does not say what its classes are called; use project: true"
+        )
+    return taught.names()
 
 
 def made_model(make: Callable[..., nn.Module], job: Job) -> nn.Module:
@@ -153,11 +234,12 @@ def check_job(job: Job) -> dict[str, Any]:
     """Try every stage on one batch; returns the plan as JSON."""
     if job.teaching is not None:
         check_stage(job.teacher, None, job.train, job.task, **job.teaching)
-    else:
+    elif job.distils:
         check_floor(job)
     student = job.student(0)
     copied(student)
-    return {
+    _check_question(job)
+    plan = {
         "data": {
             "name": job.train.name,
             "train": len(job.train),
@@ -169,8 +251,29 @@ def check_job(job: Job) -> dict[str, Any]:
         "teacher": _sizes(job, job.teacher),
         "student": _sizes(job, student),
         "seeds": job.recipe.seeds,
-        "stages": [_checked(job, student, stage) for stage in job.recipe.stages],
+        "stages": [_checked(job, student, stage) for stage in job.recipe.trainings],
     }
+    if job.recipe.exporting is not None:
+        plan["export"] = exports.check_stage(job, student)
+    return plan
+
+
+def _check_question(job: Job) -> None:
+    """A recipe must ask something: of the teacher, or of what is inherited."""
+    inherits = any(
+        isinstance(stage, partial) and stage.keywords.get("init") is not None
+        for stage in job.recipe.stages
+    )
+    if not job.distils and not inherits:
+        raise PreflightError(
+            "no stage is distill and none has init, so student and baseline would be the same; "
+            "add do: distill with terms, or init: the folder of a model to start from"
+        )
+    if not job.distils and job.recipe.goal is not None:
+        raise PreflightError(
+            "the goal is a share of the teacher's metric, and no stage asks the teacher; leave "
+            "goal out, or add do: distill"
+        )
 
 
 def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
@@ -193,11 +296,16 @@ def _checked(job: Job, student: nn.Module, stage: Any) -> dict[str, Any]:
 
 
 def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | None, dict[str, Any]]:
-    """The teacher and options of a stage; without the teacher it is the baseline's stage."""
+    """The teacher and options of a stage; without the teacher it is the baseline's stage.
+
+    Where no stage asks the teacher for anything, what the student inherits is what is judged: the
+    baseline then starts at random, and all of it learns from the first step.
+    """
     options = dict(stage.keywords) if isinstance(stage, partial) else {}
     verb = stage.func if isinstance(stage, partial) else stage
     if verb not in (distill, train):
-        raise PreflightError(f"a stage is distill or train, not {getattr(verb, '__name__', verb)}")
+        called = getattr(verb, "__name__", verb)
+        raise PreflightError(f"a stage is distill, train or export, not {called}")
     if taken := options.keys() & SUPPLIED["stages"]:
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
     if verb is distill and not options.get("terms"):
@@ -205,7 +313,10 @@ def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | Non
     # A loss with weights of its own starts anew in every seed.
     options["terms"] = [_fresh(term) for term in options.get("terms", ())]
     if verb is not distill or not with_teacher:
-        options = {k: v for k, v in options.items() if k not in ("terms", "label_weight")}
+        left_out = {"terms", "label_weight"}
+        if not with_teacher and not job.distils:
+            left_out |= INHERITED
+        options = {k: v for k, v in options.items() if k not in left_out}
         return None, {"label_weight": 1.0, **job.common, **options}
     return Teacher(job.teacher, job.task), {**job.common, **options}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from annotated_types import Ge, Interval
 from torch import nn
 
 from attar.data import Data, Splits
+from attar.exporting import export
 from attar.models.types import Model
 from attar.recipes import document as documents
 from attar.recipes.resolve import Resolver
@@ -31,11 +33,22 @@ class TeacherPlan:
     """Where the teacher comes from: ``load`` a folder, or build ``model`` and ``train`` it.
 
     ``load`` with ``model`` reads a .safetensors file into that model.
+
+    A loaded teacher of other classes is made one of the student's: with ``project`` by what it
+    says of the labelled training rows (``attar.teachers.project``), with ``classes`` by name,
+    ``{class of the data: [classes of the teacher]}``.
     """
 
     model: Model | None = None
     load: str | None = None
     train: TrainOptions | None = None
+    project: bool = False
+    classes: dict[str, list[str]] | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether the teacher's own classes are others than the student's."""
+        return self.project or self.classes is not None
 
     def __post_init__(self) -> None:
         if self.model is None and self.load is None:
@@ -46,6 +59,10 @@ class TeacherPlan:
             raise ValueError(
                 "the teacher has a model but no knowledge; add train: {epochs: N}, or load: PATH"
             )
+        if self.projects and (self.load is None or self.model is not None):
+            raise ValueError("only a teacher of other classes is projected: one of load alone")
+        if self.project and self.classes is not None:
+            raise ValueError("project learns what classes names; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,8 @@ class Recipe:
             makes one.
         stages: what is done to the student, in order.
         goal: what it has to keep.
+        examples: how many of the training rows are used, the same share of each class; all when
+            left out. The validation part is carved out of them.
         validation: share of the training split that chooses the epoch, where the data bring no
             split of their own.
         seed, seeds: the first seed, and how many the student is trained with.
@@ -86,6 +105,7 @@ class Recipe:
     student: Model | nn.Module
     stages: Sequence[Stage]
     goal: Goal | None = None
+    examples: Annotated[int, Ge(2)] | None = None
     validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     seed: Annotated[int, Interval(ge=0, lt=MOST_SEED)] = 0
     seeds: Annotated[int, Ge(1)] = 1
@@ -102,6 +122,34 @@ class Recipe:
             raise UsageError(f"validation is {self.validation}; it must be in (0, 1)")
         if not self.stages:
             raise ValueError("the recipe has no stages; add one, such as - do: distill")
+        exports = [index for index, stage in enumerate(self.stages) if verb(stage) is export]
+        if exports and exports != [len(self.stages) - 1]:
+            raise ValueError(
+                f"stage {exports[0]} exports, and other stages follow; export once, as the last "
+                "stage, with all formats in its list"
+            )
+        if exports == [0]:
+            raise ValueError(
+                "the recipe only exports; put a stage that trains before it, such as - do: distill"
+            )
+
+    @property
+    def trainings(self) -> Sequence[Stage]:
+        """The stages that train."""
+        return [stage for stage in self.stages if verb(stage) is not export]
+
+    @property
+    def exporting(self) -> dict[str, Any] | None:
+        """The options of the export stage; None where there is none."""
+        last = self.stages[-1]
+        if verb(last) is not export:
+            return None
+        return dict(last.keywords) if isinstance(last, partial) else {}
+
+
+def verb(stage: Stage) -> Any:
+    """The function that a stage calls."""
+    return stage.func if isinstance(stage, partial) else stage
 
 
 @dataclass(frozen=True)

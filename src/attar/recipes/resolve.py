@@ -172,6 +172,9 @@ class Resolver:
             first = error.errors()[0]
             said = first["msg"].replace("Input should be", "it must be")
             said = said.replace("a valid tuple", "a list, such as [32]")
+            said = said.replace(
+                "'str' instances are not allowed as a Sequence value", f"it must be a list: [{raw}]"
+            )
             name = next((str(p) for p in reversed(path) if isinstance(p, str)), "value")
             raise self.fail(path, f"{name} is {raw!r}: {said}") from None
 

@@ -23,7 +23,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "losses": frozenset(
         {"student", "teacher", "labels", "mask", "ids", "offsets", "progress", "self"}
     ),
-    "models": frozenset({"shape", "outputs", "mean", "std"}),
+    "models": frozenset({"shape", "outputs", "mean", "std", "labels"}),
     "optimizers": frozenset({"params"}),
     "projectors": frozenset({"student", "teacher"}),
     "readers": frozenset(),
@@ -42,6 +42,10 @@ SUPPLIED: dict[str, frozenset[str]] = {
             "device",
             "precision",
             "parallel",
+            "module",
+            "folder",
+            "example",
+            "card",
         }
     ),
     "tasks": frozenset({"mean", "std"}),
@@ -50,7 +54,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
 
 def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
     """Every room by name; each plugin's ``__all__`` is added to all of them."""
-    from attar import data, losses, models, tasks, training
+    from attar import data, exporting, losses, models, tasks, training
     from attar.models import projectors
     from attar.training import optimization
 
@@ -64,7 +68,7 @@ def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
         "schedules": {
             f.__name__: f for f in (optimization.constant, optimization.cosine, optimization.linear)
         },
-        "stages": {f.__name__: f for f in (training.distill, training.train)},
+        "stages": {f.__name__: f for f in (training.distill, training.train, exporting.export)},
         "tasks": {
             name: kind
             for name in tasks.__all__

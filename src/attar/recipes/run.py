@@ -14,7 +14,9 @@ from torch import nn
 import attar
 from attar.data import Source
 from attar.evaluation import Cost, Verdict, collect, cost, judge
+from attar.evaluation.curves import figures
 from attar.models import save
+from attar.recipes import exports
 from attar.recipes.job import Job, check_floor, check_job, copied, prepare, stage_of
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
@@ -121,14 +123,18 @@ def run(
             home.write("plan.json", plans)
             if loaded.plugins:
                 home.write("plugins.json", loaded.plugins)
-            say(_described(job))
+            say(f"data       {_described(job)}")
             desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
             taught = _teach(desk)
             arms = _students(desk, loaded.full.get("data"))
             verdict = _judged(desk, taught, arms)
-            made = {"environment": _environment(loaded, job, ranks)}
+            made = {
+                "environment": _environment(loaded, job, ranks),
+                "exports": _exported(desk, loaded.name, arms["distilled"], verdict),
+            }
             home.write("verdict.json", verdict.to_json() | made)
             if ranks.main:
+                home.write("figures.json", _figures(desk, taught, arms))
                 page(place)
     return verdict
 
@@ -211,7 +217,9 @@ def _teach(desk: Desk) -> Arm:
         check_floor(job)
         desk.save(job.teacher, "teacher", task=job.task.describe())
     arm.rows.append(desk.rows(job.teacher))
-    desk.say(f"teacher    {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}")
+    desk.say(
+        f"{job.elder:<10} {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}"
+    )
     return arm
 
 
@@ -228,7 +236,8 @@ def _students(desk: Desk, data: Any) -> dict[str, Arm]:
             _train_arm(desk, arms[name], name, number, student)
             of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
             took = _took(arms[name].seconds[-1])
-            desk.say(f"{name + of:<16}{_score(desk, student)} on validation{took}")
+            called = job.called if name == "distilled" else name
+            desk.say(f"{called + of:<16}{_score(desk, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
             _save_best(desk, arms[name], "student" if name == "distilled" else name, data)
@@ -240,7 +249,7 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
     job = desk.job
     seed = job.recipe.seed + number
     fits: list[Fit] = []
-    for index, stage in enumerate(job.recipe.stages):
+    for index, stage in enumerate(job.recipe.trainings):
         teacher, options = stage_of(job, stage, with_teacher=name == "distilled")
         done = fit(
             student,
@@ -249,7 +258,7 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
             job.task,
             validation=job.validation,
             home=desk.home(arm=name, seed=seed, stage=index),
-            label=f"{name} {number + 1}/{job.recipe.seeds}",
+            label=f"{job.called if name == 'distilled' else name} {number + 1}/{job.recipe.seeds}",
             progress=desk.progress,
             seed=seed,
             **options,
@@ -267,30 +276,65 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
 
 def _save_best(desk: Desk, arm: Arm, folder: str, data: Any) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
-    job = desk.job
-    sign = 1 if job.task.higher_is_better else -1
-    scores = [sign * f.history[f.kept_epoch][job.task.metric] for f in arm.finals]
-    best = scores.index(max(scores))
+    job, best = desk.job, _best(desk, arm)
     seed = job.recipe.seed + best
     desk.save(arm.finals[best].student, folder, task=job.task.describe(), seed=seed, data=data)
+
+
+def _best(desk: Desk, arm: Arm) -> int:
+    task = desk.job.task
+    sign = 1 if task.higher_is_better else -1
+    scores = [sign * f.history[f.kept_epoch][task.metric] for f in arm.finals]
+    return scores.index(max(scores))
+
+
+def _figures(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> dict[str, Any]:
+    job = desk.job
+    rows = {name: arm.rows for name, arm in {job.elder: taught, **arms}.items() if arm.rows}
+    best = _best(desk, arms["distilled"])
+    return figures(job.task, job.test, rows, log=desk.run.folder / "metrics.jsonl", best=best)
+
+
+def _exported(desk: Desk, name: str, arm: Arm, verdict: Verdict) -> list[dict[str, Any]]:
+    """The saved student as files for others, where the recipe asks for them; by rank 0 alone."""
+    job, best = desk.job, _best(desk, arm)
+    if job.recipe.exporting is None:
+        return []
+    told: list[dict[str, Any]] = []
+    with desk.ranks.together():
+        if desk.ranks.main:
+            made = exports.export_student(
+                job,
+                arm.finals[best].student,
+                desk.run.folder,
+                name=name,
+                data=_described(job),
+                seed=job.recipe.seed + best,
+                verdict=verdict,
+            )
+            told = [artefact.to_json() for artefact in made]
+            desk.say(f"export     {exports.summary(made)}")
+    return desk.ranks.first(told)
 
 
 def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
     job = desk.job
     distilled, baseline = arms["distilled"], arms["baseline"]
-    timed = {"teacher": taught, "baseline": baseline, "distilled": distilled}
+    timed = {job.elder: taught, "baseline": baseline, "distilled": distilled}
     seconds = {name: arm.mean_seconds() for name, arm in timed.items()}
     return judge(
         job.task,
-        teacher=taught.rows[0],
+        teacher=taught.rows[0] if job.distils else None,
+        others={} if job.distils else {job.elder: taught.rows},
         baseline=baseline.rows or None,
         distilled=distilled.rows,
         last=distilled.last,
         start=arms["start"].rows or None,
         costs=_costs(desk, arms),
         seconds={name: took for name, took in seconds.items() if took is not None},
-        teacher_share=distilled.teacher_seconds / sum(distilled.seconds),
+        teacher_share=distilled.teacher_seconds / sum(distilled.seconds) if job.distils else None,
         retain=job.recipe.goal.retain if job.recipe.goal else None,
+        called=job.called,
         seed=job.recipe.seed,
     )
 
@@ -298,7 +342,7 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
 def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
     job = desk.job
     inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
-    models = {"teacher": (job.teacher, "teacher")}
+    models = {job.elder: (job.teacher, "teacher")}
     for name, folder in (("baseline", "baseline"), ("distilled", "student")):
         if arms[name].finals:
             models[name] = (arms[name].finals[-1].student, folder)
@@ -331,4 +375,4 @@ def _took(seconds: float | None) -> str:
 
 def _described(job: Job) -> str:
     sizes = f"{len(job.train):,} train, {len(job.validation):,} validation, {len(job.test):,} test"
-    return f"data       {job.train.name}: {sizes}"
+    return f"{job.train.name}: {sizes}"

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from attar.reporting import figures
+from attar.reporting.figures import EMPTY, drawings
+from attar.reporting.png import data_uri
 from attar.reporting.redaction import redacted
+from attar.reporting.svg import unit
 from attar.runtime import DataError, read_json, write_atomic
 
 FORMAT = "attar-verdict/1"
+FIGURES = "attar-figures/1"
 
 
 def page(run_folder: str | Path) -> Path:
     """Write ``report.html`` into *run_folder* from what lies there, and return its path.
 
-    Reads ``verdict.json`` and, where they are, ``metrics.jsonl`` and ``recipe.json``. The page is
+    Reads ``verdict.json`` and, where they are, ``figures.json`` and ``recipe.json``. The page is
     one file without script, loads nothing and shows no home folder, host, user or key.
 
     Raises:
@@ -29,12 +30,14 @@ def page(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder)
     verdict = _verdict(folder / "verdict.json")
+    figures = _figures(folder / "figures.json")
     try:
-        text = _render(folder, verdict)
-    except (TypeError, KeyError, AttributeError, RecursionError, IndexError) as error:
+        text = _render(folder, verdict, figures)
+    except (TypeError, KeyError, AttributeError, RecursionError, IndexError, ValueError) as error:
         raise DataError(
-            f"{folder / 'verdict.json'}: does not hold what a verdict of {FORMAT} holds "
-            f"({type(error).__name__}: {error}); write it again with Verdict.to_json()"
+            f"{folder / 'verdict.json'}: does not hold what a verdict of {FORMAT} holds, or "
+            f"figures.json not what figures of {FIGURES} hold ({type(error).__name__}: {error}); "
+            "run the recipe again"
         ) from None
     target = folder / "report.html"
     write_atomic(target, text.encode("utf-8"))
@@ -42,34 +45,69 @@ def page(run_folder: str | Path) -> Path:
 
 
 def _verdict(path: Path) -> dict[str, Any]:
-    found = _read(path)
+    found = redacted(_read(path))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DataError(f"{path}: is not a verdict of the format {FORMAT}")
     return found
 
 
+def _figures(path: Path) -> dict[str, Any]:
+    """What is to be drawn beside the verdict; nothing for a run that did not write it."""
+    if not path.is_file():
+        return EMPTY
+    found = _read(path)
+    if not isinstance(found, dict) or found.get("format") != FIGURES:
+        raise DataError(f"{path}: is not a file of figures of the format {FIGURES}")
+    try:
+        # The pictures first: by chance, their base64 can hold what looks like a name or a key.
+        pictures = _pictures(found)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: its disagreements are not as attar writes them ({error!r}); remove the file "
+            "to have a page without figures"
+        ) from None
+    shown = EMPTY | redacted(found)
+    for example, picture in zip(_examples(shown), pictures, strict=True):
+        example["picture"] = picture
+    return shown
+
+
+def _pictures(found: dict[str, Any]) -> list[str]:
+    return [data_uri(example) for example in _examples(found)]
+
+
+def _examples(found: dict[str, Any]) -> list[dict[str, Any]]:
+    told = found.get("disagreements")
+    return told["examples"] if told else []
+
+
 def _read(path: Path) -> Any:
     try:
-        return redacted(read_json(path))
+        return read_json(path)
     except RecursionError:
         raise DataError(f"{path}: is nested too deeply") from None
 
 
-def _render(folder: Path, verdict: dict[str, Any]) -> str:
+def _render(folder: Path, verdict: dict[str, Any], figures: dict[str, Any]) -> str:
     from jinja2 import UndefinedError
 
-    points = figures.by_arm(_validations(folder / "metrics.jsonl"), verdict["metric"])
     try:
         return _template().render(
             name=redacted(folder.resolve().name),
             verdict=verdict,
             environment=verdict.get("environment") or {},
-            dots=figures.dots(verdict),
-            curves=redacted(figures.curves(points, verdict["percent"])),
+            drawings=drawings(verdict, figures),
+            size=_size,
+            disagreements=figures["disagreements"],
             recipe=_recipe(folder / "recipe.json"),
         )
     except UndefinedError as error:
         raise KeyError(str(error)) from None
+
+
+def _size(count: float) -> str:
+    """Bytes to three digits."""
+    return unit(float(f"{count:.3g}"), "B")
 
 
 @cache
@@ -83,22 +121,6 @@ def _template() -> Any:
     return environment.from_string(source)
 
 
-def _validations(path: Path) -> Iterator[dict[str, Any]]:
-    """The validation records of the log; a last line that was being written is not one yet."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                if not line.endswith("\n"):
-                    return
-                raise DataError(f"{path}:{number}: is not a JSON record") from None
-            if isinstance(record, dict) and record.get("split") == "validation":
-                yield record
-
-
 def _recipe(path: Path) -> str | None:
     if not path.is_file():
         return None
@@ -109,5 +131,5 @@ def _recipe(path: Path) -> str | None:
     writer.sort_base_mapping_type_on_output = False
     writer.allow_unicode = True
     text = StringIO()
-    writer.dump(_read(path), text)
+    writer.dump(redacted(_read(path)), text)
     return text.getvalue()

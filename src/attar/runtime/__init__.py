@@ -14,6 +14,7 @@ from attar.runtime.errors import (
     PreflightError,
     RunExistsError,
     UsageError,
+    first_line,
     suggest,
 )
 from attar.runtime.files import read_json, write_atomic, write_json
@@ -56,6 +57,7 @@ __all__ = [
     "compiled",
     "connect",
     "eval_mode",
+    "first_line",
     "generators_seeded",
     "gradient_norm",
     "modes_of",

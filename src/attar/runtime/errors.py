@@ -73,3 +73,12 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
         return f"did you mean '{folded[close[0]]}'?"
     shown = ", ".join(names[:24])
     return f"choose from: {shown}{', ...' if len(names) > 24 else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says; its kind where it says nothing.
+
+    >>> first_line(ValueError("one\\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attar.runtime import AttarError, DataError, suggest
+from attar.runtime import AttarError, DataError, first_line, suggest
 
 Batch = dict[str, Tensor]
 Rows = dict[str, Tensor]
@@ -47,7 +47,7 @@ class Task(ABC):
                 raise
             reads = getattr(model, "attar_build", {}).get("options", {}).get("shape")
             built = f", which was built for inputs {list(reads)}," if reads else ""
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise DataError(
                 f"the {whose}{built} cannot read inputs {list(batch['inputs'].shape[1:])}: {said}"
             ) from error

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import attar
 from attar.runtime import (
@@ -257,8 +257,13 @@ def teacher_digest(teacher: Any) -> str | None:
     model = getattr(teacher, "model", None)
     if not isinstance(model, nn.Module):
         return type(teacher).__name__
+    return digest_of(tensors_of(model))
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, shapes, types and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in tensors_of(model).items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)

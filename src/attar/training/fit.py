@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from attar.training.preflight import (
     StagePlan,
 )
 from attar.training.stage import Stage, prepared
+from attar.training.start import given, started
 from attar.training.state import Session
 from attar.training.term import Term
 
@@ -71,10 +72,13 @@ def check(
     terms: Sequence[Term] = (),
     *,
     label_weight: float = 0.1,
+    init: str | nn.Module | None = None,
     **options: Any,
 ) -> StagePlan:
     """The preflight alone: all of a stage but its training. Raises what ``fit`` would raise."""
     plan, task = make_plan(options), task.fitted(data)
+    if init is not None:
+        given(student, init, task)
     with (
         prepared(student, teacher, data, task, terms, label_weight, plan) as stage,
         stage.wrapped(),
@@ -95,6 +99,7 @@ def fit(
     home: Home | None = None,
     label: str = "training",
     progress: bool | None = None,
+    init: str | nn.Module | None = None,
     **options: Any,
 ) -> Fit:
     """Train *student* in place and say what was seen; `train` and `distill` return its student.
@@ -111,16 +116,18 @@ def fit(
             raise PreflightError(f"{validation.name}: has no labels to validate against")
         task.fitted(validation)
     log = home.log if home is not None else log
+    start = started(student, init, task, plan)
     with prepared(student, teacher, data, task, terms, label_weight, plan) as stage:
         show = progress if stage.ranks.main else False
         with Bar(label, stage.shapes.steps, show=show) as bar, stage.wrapped() as wrap:
             choice = Choice(task, plan.keep if validation is not None else "last", stage.ranks)
-            loop = _loop(stage, wrap, log, bar)
+            loop = _loop(stage, wrap, log, bar, None if start is None else start.inherited)
             session = Session(loop, choice, data, stage.device)
             if home is None:
                 _epochs(stage, session, validation, log, bar)
             else:
                 facts = made_with(stage, data, validation, terms, label_weight)
+                facts["start"] = None if start is None else start.digest
                 _kept_epochs(stage, session, validation, bar, home, facts)
             if loop.average is not None:
                 loop.average.swap()
@@ -139,7 +146,9 @@ def fit(
     )
 
 
-def _loop(stage: Stage, wrap: Wrap, log: Log | None, bar: Bar) -> Loop:
+def _loop(
+    stage: Stage, wrap: Wrap, log: Log | None, bar: Bar, inherited: Collection[str] | None
+) -> Loop:
     return Loop(
         stage.objective,
         stage.teacher,
@@ -151,6 +160,7 @@ def _loop(stage: Stage, wrap: Wrap, log: Log | None, bar: Bar) -> Loop:
         stage.dtype,
         log=log,
         watch=bar.watch,
+        inherited=inherited,
     )
 
 
@@ -227,6 +237,7 @@ def distill(
     terms: Sequence[Term],
     *,
     label_weight: Annotated[float, Ge(0)] = 0.1,
+    init: str | nn.Module | None = None,
     validation: Any = None,
     run: str | Path | None = None,
     resume: bool = False,
@@ -242,6 +253,9 @@ def distill(
         task: what a batch means.
         terms: what to match.
         label_weight: weight of the task's own loss on the labels.
+        init: a model, or the folder of one, whose weights the student starts from
+            (``attar.models.transfer``); its head starts anew, unless a folder says that it was
+            trained for the same classes.
         validation: a source by which the best epoch is chosen; without one the last is kept.
         run: folder for the log, the checkpoints, the plan and the trained model; must not hold a
             run unless ``resume``.
@@ -255,7 +269,7 @@ def distill(
         Interrupted: Ctrl-C or SIGTERM came, and ``run`` holds all that it takes to go on.
     """
     told = {"label_weight": label_weight, "validation": validation, "progress": progress}
-    told |= {"label": "distill"}
+    told |= {"label": "distill", "init": init}
     return _verb(run, resume, student, teacher, data, task, terms, **told, **options)
 
 
@@ -264,6 +278,7 @@ def train(
     data: Any,
     task: Task,
     *,
+    init: str | nn.Module | None = None,
     validation: Any = None,
     run: str | Path | None = None,
     resume: bool = False,
@@ -272,6 +287,7 @@ def train(
 ) -> nn.Module:
     """Train a module, in place, on labels alone; returns it. The options are `distill`'s."""
     told = {"label_weight": 1.0, "validation": validation, "progress": progress, "label": "train"}
+    told |= {"init": init}
     return _verb(run, resume, student, None, data, task, (), **told, **options)
 
 

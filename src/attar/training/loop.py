@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from attar.training.objective import Counts, Objective
 from attar.training.optimization import Average, make_optimizer
 from attar.training.plan import Plan
 from attar.training.record import Record
+from attar.training.tuning import Tuning
 
 if TYPE_CHECKING:
     from attar.training.checkpoint import Keeper
@@ -51,6 +52,8 @@ class Loop:
         device, dtype: where, and the autocast dtype.
         log: is given a record every ``plan.log_every`` steps.
         watch: is given (steps done, loss) after each step, for a progress bar.
+        inherited: names of the student's parameters that know something already; None for all
+            but its head.
 
     Attributes:
         number, taken, done: the epoch, the batches taken of it, the steps taken in all.
@@ -69,6 +72,7 @@ class Loop:
         dtype: torch.dtype | None,
         log: Log | None = None,
         watch: Callable[[int, float], None] | None = None,
+        inherited: Collection[str] | None = None,
     ) -> None:
         self.objective = objective
         self.teacher = teacher
@@ -77,7 +81,8 @@ class Loop:
         self.ranks = ranks
         self.wrap = wrap
         self.device = device
-        self.optimizer = make_optimizer(plan.optimizer, objective)
+        self.tuning = tuning = Tuning.of(objective.student, plan, inherited)
+        self.optimizer = make_optimizer(plan.optimizer, objective, tuning.places, tuning.anchored)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.average = Average(objective.student, plan.average) if plan.average else None
         self.scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
@@ -94,6 +99,7 @@ class Loop:
     def epoch(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take the steps of the epoch that are not taken yet."""
         self._statistics = [buffer.clone() for buffer in self.objective.student.buffers()]
+        self.tuning.wake(self.number)
         for window in windows(batches, self.plan.accumulate):
             loss = self.step(window)
             if self._watch is not None:
@@ -149,6 +155,8 @@ class Loop:
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> float:
         """Change the weights, if nothing is wrong; returns the loss of all ranks together."""
+        for parameter in self.tuning.asleep:
+            parameter.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -178,6 +186,8 @@ class Loop:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self.tuning.anchor is not None:
+            self.tuning.anchor.pull(self.optimizer)
         if self.average is not None:
             self.average.update()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Interval
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from attar.runtime import UsageError
@@ -100,35 +100,70 @@ def _decayed(progress: float, warmup: float) -> float:
     return 0.0 if warmup >= 1 else max(0.0, (progress - warmup) / (1 - warmup))
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: weights, and what must not decay (biases, norms, single numbers)."""
+class Place(NamedTuple):
+    """The share of the rate that a parameter learns with, and with which others it begins to.
+
+    Parameters that begin at different steps must not be in one group: torch's fused kernels take
+    the moments of all of a group, or of none.
+    """
+
+    share: float = 1.0
+    level: int = 0
+
+
+def parameter_groups(
+    module: nn.Module,
+    places: Mapping[Tensor, Place] | None = None,
+    anchored: Collection[Tensor] = (),
+) -> list[dict[str, Any]]:
+    """Weights, and what must not decay (biases, norms, single numbers); apart by place.
+
+    Args:
+        places: where a parameter stands that does not learn like all others.
+        anchored: what is pulled elsewhere than to 0, and so does not decay either.
+    """
     spared: set[int] = set()
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(part, NORMS) or name == "bias" or parameter.ndim < 2:
                 spared.add(id(parameter))
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) not in spared]},
-        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+    spared |= {id(p) for p in anchored}
+    parts: dict[tuple[Place, bool], list[Tensor]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            place = (places or {}).get(parameter, Place())
+            parts.setdefault((place, id(parameter) in spared), []).append(parameter)
+    # The whole rate first: it is the one that the log shows.
+    order = sorted(parts, key=lambda key: (-key[0].share, key[0].level, key[1]))
+    return [
+        {"params": parts[place, still], "share": place.share}
+        | ({"weight_decay": 0.0} if still else {})
+        for place, still in order
     ]
-    return [group for group in groups if group["params"]]
 
 
-def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module) -> Optimizer:
-    """Build the optimiser over the trainable parameters and remember each group's own rate."""
-    groups = parameter_groups(module)
+def make_optimizer(
+    factory: Callable[..., Optimizer],
+    module: nn.Module,
+    places: Mapping[Tensor, Place] | None = None,
+    anchored: Collection[Tensor] = (),
+) -> Optimizer:
+    """Build the optimiser over the trainable parameters and remember each group's own rate.
+
+    Args as in ``parameter_groups``.
+    """
+    groups = parameter_groups(module, places, anchored)
     if not groups:
         raise UsageError("nothing can be trained: every parameter has requires_grad False")
     try:
         optimizer = _fastest(factory, groups)
-        if len(groups) > 1 and not optimizer.defaults.get("weight_decay"):
+        if len(groups) > 1 and not places and not optimizer.defaults.get("weight_decay"):
             # Nothing decays, so nothing is spared, and one group costs a step less than two.
             optimizer = _fastest(factory, [p for group in groups for p in group["params"]])
     except (TypeError, ValueError) as error:
         raise UsageError(f"the optimizer cannot be built: {error}") from None
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"] * group.pop("share", 1.0)
     return optimizer
 
 

@@ -35,6 +35,14 @@ class Plan:
         precision: ``auto``, ``float32``, ``bf16`` or ``fp16``; losses are in float32 always.
         parallel: how the ranks that ``torchrun`` started share the student: ``ddp`` holds all of it
             on each, ``fsdp`` a part; ``auto`` is ``ddp``. One process shares nothing.
+        freeze: paths of parts or parameters of the student that are not trained; ``*`` stands for
+            any letters, ``!PATH`` takes back what was frozen before, ``head`` is the last layer.
+        unfreeze_every: train the head alone at first, then one more block, from the output on,
+            every so many epochs.
+        layer_decay: rate of each block in the unit of the block above it.
+        frozen_batch_norm: batch norms keep their statistics; those of frozen parts always do.
+        l2_sp: strength of the pull of inherited weights toward their start, in the place of weight
+            decay.
         compile: run the student through ``torch.compile``.
         recompute: keep no activations inside the student's blocks, and compute them again in the
             backward pass: less memory, about a third more time.
@@ -56,6 +64,11 @@ class Plan:
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    freeze: Sequence[str] = ()
+    unfreeze_every: Annotated[int, Ge(1)] | None = None
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] | None = None
+    frozen_batch_norm: bool = False
+    l2_sp: Annotated[float, Gt(0)] | None = None
     compile: bool = False
     recompute: bool = False
     log_every: Annotated[int, Ge(1)] = 50

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.runtime import AttarError, PreflightError, eval_mode
+from attar.runtime import AttarError, PreflightError, eval_mode, first_line
 from attar.tasks import Task
 from attar.training.objective import Counts, Objective
 from attar.training.plan import Plan
@@ -128,7 +128,7 @@ def check_smallest_batch(
         raise PreflightError(
             f"with batch_size {plan.batch_size} and {ranks} rank{'s' * (ranks > 1)}, a batch of "
             f"the {examples} examples is a single one, which the student cannot be trained on "
-            f"({_first_line(error)}); choose another"
+            f"({first_line(error)}); choose another"
         ) from error
 
 
@@ -151,7 +151,7 @@ def _dry_term(
         raise PreflightError(
             f"the term '{term.name}' cannot compare the student's {term.student} "
             f"{_shape(student)} with the teacher's {term.teacher} {_shape(target)}: "
-            f"{_first_line(error).rstrip('.')}{hint}"
+            f"{first_line(error).rstrip('.')}{hint}"
         ) from error
     _check_value(objective, term, value, batch)
     return TermShapes(
@@ -213,7 +213,3 @@ def _describe(projector: nn.Module) -> str:
 
 def _shape(tensor: Tensor | None) -> str:
     return "" if tensor is None else str(list(tensor.shape))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -40,6 +40,7 @@ from attar.training.preflight import (
     plan_stage,
 )
 from attar.training.term import Term, asked_of_teacher
+from attar.training.tuning import freezing
 
 RANK_STRIDE = 0x9E3779B97F4A7C15  # keeps the seeds of ranks apart from those of runs
 
@@ -59,7 +60,7 @@ class Stage:
     example: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     def train(self) -> None:
-        """Training mode, but for parts that a student in training had in eval on purpose."""
+        """Training mode, but for parts that were in eval on purpose, and what is frozen."""
         self.objective.train()
         for part in self.frozen:
             part.training = False
@@ -122,7 +123,11 @@ def _prepared(
     teacher = _as_teacher(teacher, task)
     check_pair(student, teacher)
     modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
-    with generators_seeded(_seed(plan, ranks), device), _opened(teacher, asked, device):
+    with (
+        generators_seeded(_seed(plan, ranks), device),
+        _opened(teacher, asked, device),
+        freezing(student, plan) as still,
+    ):
         try:
             student.to(device)
             batch = to_device(next(iter(_batches(data, plan, ranks, 0, 0))), device)
@@ -140,7 +145,7 @@ def _prepared(
                 check_smallest_batch(student, task, batch, len(data), plan, ranks.world)
                 shapes = dry_pass(objective, batch, told)
                 stage = plan_stage(objective, teacher, data, plan, shapes)
-                frozen = [part for part, mode in modes if modes[0][1] and not mode]
+                frozen = [part for part, mode in modes if modes[0][1] and not mode] + still
                 example = batch, told
                 yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
         finally:

@@ -1,0 +1,260 @@
+"""The model card: what the student is, and how it is loaded without attar."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+import attar
+from attar.evaluation import Verdict, cells
+from attar.exporting.artefact import Artefact
+from attar.runtime import UsageError, suggest
+from attar.tasks import Regression, Task
+from attar.tasks.classification import Classification
+
+SHOWN = 100  # classes that are named
+LONGEST = 300  # signs of one text from outside
+LICENCES = {
+    "licence": "licence",
+    "teacher_licence": "licence of the teacher",
+    "data_licence": "licence of the data",
+}
+
+ONNX = """```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+inputs = np.zeros({shape}, dtype=np.{dtype})  # your examples here, as many as you like
+(outputs,) = session.run(None, {{"inputs": inputs}})
+print(outputs.shape)
+```"""
+
+TORCH_EXPORT = """Only where you trust whoever gave you the file: `torch.export.load` can run code
+that a `.pt2` file holds. attar itself never loads one that it did not just make. The other files
+hold no code.
+
+```python
+import torch
+
+model = torch.export.load("model.pt2").module()
+inputs = torch.zeros({shape}, dtype=torch.{dtype})  # your examples here, as many as you like
+with torch.no_grad():
+    outputs = model(inputs)
+print(tuple(outputs.shape))
+```"""
+
+SAFETENSORS = """The weights by name. `model.json` says how the network was built; fill a network of
+your own that has the same names with `net.load_state_dict(weights)` and call `net.eval()`.
+
+```python
+from safetensors.torch import load_file
+
+weights = load_file("model.safetensors")
+for name, tensor in weights.items():
+    print(name, tuple(tensor.shape))
+```
+
+With attar: `attar.models.load(".")`."""
+
+HOW = {
+    "safetensors": ("safetensors, in plain torch", SAFETENSORS),
+    "onnx": ("ONNX, in onnxruntime", ONNX),
+    "torch_export": ("torch.export, in plain torch", TORCH_EXPORT),
+}
+
+
+class Card(TypedDict, total=False):
+    """What a model card tells that the module does not know. Texts are written as they are read.
+
+    ``name`` of the student, ``teacher``, ``data``; the ``verdict`` with its headline and table;
+    the ``date``, today's when left out.
+    """
+
+    name: str
+    teacher: str
+    data: str
+    verdict: Verdict
+    date: str
+
+
+def check_card(card: Mapping[str, Any], licences: Mapping[str, Any]) -> None:
+    """Refuse a field that no card has, or one that is not text."""
+    for name, value in licences.items():
+        if not isinstance(value, str):
+            raise UsageError(f"{name} must be text, such as 'MIT', not {type(value).__name__}")
+    for name, value in card.items():
+        if name not in Card.__annotations__:
+            raise UsageError(f"a card has no '{name}'; {suggest(name, Card.__annotations__)}")
+        kind = Verdict if name == "verdict" else str
+        if not isinstance(value, kind):
+            raise UsageError(
+                f"the card's {name} must be a {kind.__name__}, not {type(value).__name__}"
+            )
+
+
+def escaped(text: str) -> str:
+    """Text from outside as one line that Markdown and HTML show as it is.
+
+    >>> escaped("<b>*a*</b>")
+    '&lt;b&gt;\\\\*a\\\\*&lt;\\\\/b&gt;'
+    """
+    line = "".join(sign if sign.isprintable() else " " for sign in text[: LONGEST + 1])
+    line = line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+    marked = re.sub(r"([\\`*_{}\[\]#|~/:@$^]|(?<=www)\.)", r"\\\1", line, flags=re.IGNORECASE)
+    return html.escape(marked, quote=False)
+
+
+def card_text(
+    card: Mapping[str, Any],
+    licences: Mapping[str, str],
+    module: nn.Module,
+    task: Task | None,
+    examples: Tensor,
+    outputs: Tensor,
+    artefacts: Sequence[Artefact],
+) -> str:
+    """The whole card in Markdown."""
+    parts = [
+        f"# {escaped(card.get('name', 'A student'))}",
+        "A small network that a larger one taught (knowledge distillation), made with attar.",
+        "\n".join(_facts(card, module, task, examples, outputs)),
+        *_result(card.get("verdict")),
+        "## Files",
+        "\n".join(_files(artefacts)),
+        _checked(artefacts),
+        "## Loading",
+        *_loading(examples, artefacts),
+        "## Licence",
+        "\n".join(
+            f"- {title}: {escaped(licences.get(field, 'not stated'))}"
+            for field, title in LICENCES.items()
+        ),
+        "## Made with",
+        _versions(card, artefacts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(
+    card: Mapping[str, Any],
+    module: nn.Module,
+    task: Task | None,
+    examples: Tensor,
+    outputs: Tensor,
+) -> list[str]:
+    shape = ", ".join(map(str, examples.shape[1:]))
+    width = ", ".join(map(str, outputs.shape[1:]))
+    return [
+        f"- student: {escaped(described(module))}",
+        f"- teacher: {escaped(card.get('teacher', 'not stated'))}",
+        f"- data: {escaped(card.get('data', 'not stated'))}",
+        f"- task: {escaped(type(task).__name__) if task else 'not stated'}",
+        f"- input: [n, {shape}], {_dtype(examples)}",
+        f"- output: [n, {width}], {_dtype(outputs)}{_meaning(task)}",
+        *_classes(task),
+    ]
+
+
+def described(module: nn.Module) -> str:
+    """What a network is, in a line: its family with its options, or its class; its size."""
+    built = getattr(module, "attar_build", None) or {}
+    hidden = {"shape", "outputs", "mean", "std"}
+    options = built.get("options", {}).items()
+    parts = [str(built.get("family", type(module).__name__))]
+    parts += [f"{key} {value}" for key, value in options if key not in hidden]
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return ", ".join([*parts, f"{count:,} parameters"])
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _meaning(task: Task | None) -> str:
+    if isinstance(task, Regression):
+        mean = [round(value, 6) for value in (task.mean or ())]
+        std = [round(value, 6) for value in (task.std or ())]
+        return f", standardised: value = output x std + mean, with mean {mean} and std {std}"
+    return ", logits in the order of the classes" if isinstance(task, Classification) else ""
+
+
+def _classes(task: Task | None) -> list[str]:
+    if not isinstance(task, Classification):
+        return []
+    names = task.names()
+    shown = ", ".join(map(escaped, names[:SHOWN]))
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"- classes ({len(names)}): {shown}{more}"]
+
+
+def _result(verdict: Verdict | None) -> list[str]:
+    if verdict is None:
+        return ["## Result", "Not stated: no verdict was given to this export."]
+    lines = [verdict.headline, *([verdict.goal_line] if verdict.goal_line else [])]
+    told = cells.table(verdict)
+    rows = [
+        "| | " + " | ".join(escaped(column["title"]) for column in told["columns"]) + " |",
+        "|---|" + "---:|" * len(told["columns"]),
+    ]
+    for section in told["sections"]:
+        for row in section["rows"]:
+            texts = [escaped(row["label"]), *map(_cell, row["cells"])]
+            rows.append("| " + " | ".join(texts) + " |")
+    return ["## Result", *map(escaped, lines), "\n".join(rows)]
+
+
+def _cell(cell: Mapping[str, str]) -> str:
+    return escaped(" ".join(filter(None, (cell["text"] or "-", cell["note"]))))
+
+
+def _files(artefacts: Sequence[Artefact]) -> list[str]:
+    rows = ["| file | bytes | batch 1, ms | batch 64, ms | difference | SHA-256 |"]
+    rows.append("|---|---:|---:|---:|---:|---|")
+    for made in artefacts:
+        one, many = (_times(made.latency[batch]) for batch in ("1", "64"))
+        rows.append(
+            f"| `{made.path.name}` | {made.bytes:,} | {one} | {many} "
+            f"| {made.difference:.2g} | `{made.sha256}` |"
+        )
+    return rows
+
+
+def _times(taken: Mapping[str, float]) -> str:
+    return f"{taken['p50_ms']:.3g}, {taken['p95_ms']:.3g}"
+
+
+def _checked(artefacts: Sequence[Artefact]) -> str:
+    first = artefacts[0]
+    threads = "1 thread" if first.threads == 1 else f"{first.threads} threads"
+    return (
+        f"Each file was run against the network it came from on {first.examples} examples; the "
+        "difference is the largest absolute one of any output. Times are the median and the 95th "
+        f"percentile of a pass on the CPU with {threads}, by batch size."
+    )
+
+
+def _loading(examples: Tensor, artefacts: Sequence[Artefact]) -> list[str]:
+    parts = ["None of this needs attar."]
+    fill = {"shape": (1, *examples.shape[1:]), "dtype": _dtype(examples)}
+    for made in artefacts:
+        title, how = HOW[made.format]
+        parts += [f"### {title}", how if made.format == "safetensors" else how.format(**fill)]
+    return parts
+
+
+def _versions(card: Mapping[str, Any], artefacts: Sequence[Artefact]) -> str:
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    parts = [f"attar {attar.__version__}", f"torch {torch.__version__}"]
+    if any(made.format == "onnx" for made in artefacts):
+        parts += [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime")]
+    parts.append(f"Python {platform.python_version()}")
+    return f"{', '.join(parts)}. Date: {escaped(card.get('date', today))}."

@@ -1,0 +1,275 @@
+"""`export`: write a module in formats that others read, after each was run against it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from attar.evaluation.rows import evaluating
+from attar.exporting.artefact import Artefact, Run, largest_difference, latency
+from attar.exporting.card import LICENCES, Card, card_text, check_card
+from attar.exporting.onnx import check_onnx, onnx_bytes, onnx_run
+from attar.exporting.tracing import pt2_bytes, pt2_run, traced
+from attar.models import families, load, save
+from attar.runtime import UsageError, first_line, suggest, write_atomic
+from attar.runtime.files import at_work, make_folder, remove, sync_folder
+from attar.tasks import Regression, Task
+
+Format = Literal["safetensors", "onnx", "torch_export"]
+
+FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torch_export": "model.pt2"}
+README = "README.md"
+WRITTEN = {*FILES.values(), "model.json", README}
+GRAPHS = {"onnx", "torch_export"}  # written from a traced program
+MOST = 256  # examples that a file is checked on
+
+
+def export(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    example: Tensor,
+    formats: Sequence[Format] = ("safetensors",),
+    task: Task | None = None,
+    card: Card | None = None,
+    licence: str | None = None,
+    teacher_licence: str | None = None,
+    data_licence: str | None = None,
+) -> dict[str, Artefact]:
+    """Write *module* into *folder* in each of *formats*, with a model card.
+
+    - ``safetensors``: ``model.safetensors`` and ``model.json``, as ``attar.models.save``;
+    - ``onnx``: ``model.onnx``, one file, any batch size, opset 20 (needs ``attar[onnx]``);
+    - ``torch_export``: ``model.pt2`` of ``torch.export``, any batch size.
+
+    Every file is run against the module before the folder appears, in eval mode on the CPU, on
+    up to 256 examples and on one alone: no output may differ by more than 1e-4, and the largest
+    output of each example must be the same one (not asked of a regression). All formats
+    are written, or none.
+
+    Args:
+        module: reads one tensor [n, ...] and returns one, in float32 or float64. It comes back
+            as it was: mode, device, weights.
+        folder: new or empty, or an earlier export, which is replaced as a whole.
+        example: [n, ...], real inputs, n at least 1. None of it is written to any file.
+        task: told in the card and kept with the weights.
+        card: what it tells beside the licences, see ``Card``.
+        licence, teacher_licence, data_licence: told in the card; "not stated" when left out.
+
+    Returns:
+        by format, what was written and seen.
+
+    Raises:
+        UsageError: an unknown format or field, a missing library, a folder with other files, a
+            module that cannot be said in a format.
+        DataError: a file does not answer as the module does.
+    """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+    told: Mapping[str, Any] = card or {}
+    named = dict(zip(LICENCES, (licence, teacher_licence, data_licence), strict=True))
+    licences = {name: text for name, text in named.items() if text is not None}
+    target = Path(folder)
+    _check_formats(formats, module)
+    check_card(told, licences)
+    examples = _examples(example)
+    _check_folder(target)
+    with evaluating(module, torch.device("cpu")), _draft_of(target) as draft:
+        outputs = _outputs(module, examples)
+        runs = _written(module, draft, formats, task, examples)
+        ordered = not isinstance(task, Regression)
+        made = [
+            _artefact(name, draft, target, run, module, examples, ordered)
+            for name, run in runs.items()
+        ]
+        text = card_text(told, licences, module, task, examples, outputs, made)
+        write_atomic(draft / README, text.encode())
+    return {artefact.format: artefact for artefact in made}
+
+
+def check_export(module: nn.Module, *, example: Tensor, formats: Sequence[Format]) -> None:
+    """Refuse what `export` would refuse, before the module is trained; nothing is written.
+
+    Args:
+        module, example, formats: as in ``export``; the weights may be random.
+
+    Raises:
+        UsageError: an unknown format, a missing library, or a module that cannot be said in a
+            format.
+    """
+    _check_formats(formats, module)
+    examples = _examples(example)
+    with evaluating(module, torch.device("cpu")):
+        _outputs(module, examples)
+        program = traced(module, examples) if set(formats) & GRAPHS else None
+        if program is not None and "onnx" in formats:
+            onnx_bytes(program)
+
+
+def _check_formats(formats: Sequence[str], module: nn.Module) -> None:
+    known = get_args(Format)
+    if isinstance(formats, str) or not formats or len(set(formats)) < len(formats):
+        raise UsageError(
+            f"formats is {formats!r}; give a list, each format once, of: {', '.join(known)}"
+        )
+    for name in formats:
+        if name not in known:
+            raise UsageError(f"there is no format '{name}'; {suggest(str(name), known)}")
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            raise UsageError(
+                f"'{key}' is {tensor.dtype}, and only float32 and float64 are exported; call "
+                "module.float() first"
+            )
+    if "onnx" in formats:
+        check_onnx(module)
+
+
+def _examples(example: Tensor) -> Tensor:
+    if not isinstance(example, Tensor) or example.ndim < 1 or len(example) == 0:
+        raise UsageError("example must be a tensor of real inputs [n, ...] with n at least 1")
+    return example[:MOST].detach().cpu().contiguous()
+
+
+def _outputs(module: nn.Module, examples: Tensor) -> Tensor:
+    try:
+        outputs = module(examples)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        said = first_line(error)
+        raise UsageError(
+            f"the module cannot read the example {list(examples.shape)}: {said:.300}"
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(examples):
+        raise UsageError(
+            f"the module returns a {type(outputs).__name__}, but what is exported returns one "
+            "tensor [n, ...]; wrap it in a module that returns its main output"
+        )
+    return outputs
+
+
+def _written(
+    module: nn.Module, draft: Path, formats: Sequence[str], task: Task | None, examples: Tensor
+) -> dict[str, Run]:
+    """Write every file into *draft*; what each answers when it is read back."""
+    runs: dict[str, Run] = {}
+    graphs = {"onnx": (onnx_bytes, onnx_run), "torch_export": (pt2_bytes, pt2_run)}
+    program = traced(module, examples) if GRAPHS & set(formats) else None
+    for name in formats:
+        if name == "safetensors":
+            save(module, draft, extra={"task": task.describe()} if task else None)
+            runs[name] = _safetensors_run(module, draft)
+            continue
+        assert program is not None
+        to_bytes, run_of = graphs[name]
+        data = to_bytes(program)
+        write_atomic(draft / FILES[name], data)
+        runs[name] = run_of(data)  # the bytes in hand, not a file that another could change
+    return runs
+
+
+def _safetensors_run(module: nn.Module, folder: Path) -> Run:
+    if getattr(module, "attar_build", {}).get("family") in families():
+        return load(folder)
+    weights = load_file(folder / FILES["safetensors"])
+    return lambda inputs: torch.func.functional_call(module, weights, (inputs,))
+
+
+def _artefact(
+    name: str,
+    draft: Path,
+    target: Path,
+    run: Run,
+    module: nn.Module,
+    examples: Tensor,
+    ordered: bool,
+) -> Artefact:
+    data = (draft / FILES[name]).read_bytes()
+    difference = largest_difference(FILES[name], run, module, examples, ordered=ordered)
+    times, threads = latency(run, examples)
+    return Artefact(
+        format=name,
+        path=target / FILES[name],
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        difference=difference,
+        examples=len(examples),
+        latency=times,
+        threads=threads,
+    )
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _check_folder(target: Path) -> None:
+    """Only what an export wrote is ever replaced."""
+    if target.is_symlink():
+        raise UsageError(f"{target}: is a symbolic link, which is not followed; name a folder")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target}: is a file, but a model is exported into a folder")
+    with os.scandir(target) as entries:
+        for entry in entries:
+            if entry.name not in WRITTEN or not entry.is_file(follow_symlinks=False):
+                raise UsageError(
+                    f"{target}: holds '{entry.name[:80]}', which no export wrote; choose a new "
+                    "folder"
+                )
+
+
+@contextmanager
+def _draft_of(target: Path) -> Iterator[Path]:
+    """A folder beside *target* that takes its place at the end, and is gone after an error."""
+    target = target.absolute()
+    make_folder(target.parent)
+    _sweep(target)
+    draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    os.mkdir(draft)
+    try:
+        yield draft
+        sync_folder(draft)
+        _check_folder(target)  # again: making the files took time
+        _replace(draft, target)
+    except BaseException:
+        with suppress(OSError):
+            remove(draft)
+        raise
+
+
+def _sweep(target: Path) -> None:
+    """Tidy up after processes that are no more: drop drafts, put back what was put aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(tmp|old)-([0-9]{{1,18}})")
+    for entry in os.listdir(target.parent):
+        match = pattern.fullmatch(entry)
+        if not match or at_work(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            os.rename(target.parent / entry, target)
+        else:
+            remove(target.parent / entry)
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Give *draft* the name *target*; what had it is put aside first and removed at the end."""
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    held = target.exists()
+    if held:
+        os.rename(target, aside)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if held:
+            os.rename(aside, target)
+        raise
+    sync_folder(target.parent)
+    if held:
+        remove(aside)

@@ -1,0 +1,120 @@
+"""From a traced program to the bytes of an ONNX file, and back to answers in onnxruntime."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.exporting.artefact import Run
+from attar.runtime import UsageError, first_line
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OPSET = 20  # read by onnxruntime 1.17 (2024) and later
+LIMIT = 2**31 - 1  # bytes of a protocol buffer
+INPUT, OUTPUT = "inputs", "outputs"
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+NOISE = "torch.onnx._internal.exporter._registration"  # names each operator of no torchvision
+
+
+def check_onnx(module: nn.Module) -> None:
+    """Refuse what cannot work, before anything is traced.
+
+    Raises:
+        UsageError: a library is missing, or the weights do not fit one file.
+    """
+    try:
+        for name in NEEDED:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"the format onnx needs {', '.join(NEEDED)}, and {error.name or 'one'} is missing; "
+            'type: pip install "attar[onnx]"'
+        ) from None
+    size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    if size >= LIMIT:
+        raise UsageError(
+            f"the weights have {size} bytes, but one ONNX file holds less than {LIMIT}; "
+            "export safetensors or torch_export"
+        )
+
+
+def onnx_bytes(program: ExportedProgram) -> bytes:
+    """The content of one ONNX file, weights included: input ``inputs``, output ``outputs``.
+
+    Raises:
+        UsageError: ONNX has no word for something in the program.
+    """
+    onnx: Any = importlib.import_module("onnx")
+    try:
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: "batch"},),
+                verbose=False,
+            )
+            assert made is not None
+            proto = made.model_proto  # made anew each time it is asked for
+            _forget_origin(proto)
+            onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        said = first_line(error)
+        raise UsageError(
+            f"torch cannot say this module in ONNX ({said:.300}); export safetensors or "
+            "torch_export"
+        ) from error
+    return proto.SerializeToString()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks that the exporter makes about itself."""
+    logger = logging.getLogger(NOISE)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _forget_origin(proto: Any) -> None:
+    """Drop what the exporter noted for debugging: names of code, and half of a small file."""
+    proto.ClearField("metadata_props")
+    for holder in (proto.graph, *proto.functions):
+        holder.ClearField("metadata_props")
+        for item in (*holder.node, *holder.value_info):
+            item.ClearField("metadata_props")
+            item.ClearField("doc_string")
+    for item in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        item.ClearField("metadata_props")
+
+
+def onnx_run(data: bytes) -> Run:
+    """What onnxruntime answers on the CPU, with as many threads as torch uses."""
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUT: inputs.numpy()})[0])
+
+    return run

@@ -1,0 +1,120 @@
+"""A teacher of other classes answers in the student's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attar
+from attar.runtime import UsageError
+from attar.teachers import Projected, project, renamed
+
+TASK = attar.tasks.ImageClassification(classes=("a", "b"))
+
+
+class Says(nn.Module):
+    """Gives the logits that stand in the first pixels of each image."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.drop(images.flatten(1)[:, : self.count])
+
+
+def data(logits: Tensor, labels: list[int]) -> Any:
+    images = logits.reshape(len(logits), 1, 1, -1)
+    return attar.data.TensorSource(images, torch.tensor(labels), classes=("a", "b"))
+
+
+def test_it_is_the_empirical_predictor() -> None:
+    """LEEP's own formula, written as sums over examples, classes and labels."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 3), [index % 2 for index in range(40)]
+    found = project(Says(3), data(logits, labels), TASK)
+    chances = logits.double().softmax(1)
+    joint = torch.zeros(3, 2, dtype=torch.float64)
+    for chance, label in zip(chances, labels, strict=True):
+        joint[:, label] += chance
+    expected = chances @ (joint / joint.sum(1, keepdim=True))
+    said = found.eval()(logits.reshape(40, 1, 1, 3)).double().exp()
+    torch.testing.assert_close(said, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_answers_are_distributions_also_of_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, 0.0]])
+    found = project(Says(3), data(logits, [0, 1, 0]), TASK).eval()
+    said = found(logits.reshape(3, 1, 1, 3))
+    assert bool(said.isfinite().all())
+    torch.testing.assert_close(said.exp().sum(1), torch.ones(3))
+
+
+def test_a_teacher_that_tells_the_classes_apart_by_other_names_is_perfect() -> None:
+    labels = [0, 0, 1, 1, 0, 1]
+    logits = torch.nn.functional.one_hot(torch.tensor([2, 2, 0, 0, 2, 0]), 3) * 12.0
+    source = data(logits, labels)
+    found = project(Says(3), source, TASK)
+    assert attar.evaluate(found, source, TASK).scores["accuracy"] == 1.0
+
+
+def test_the_model_is_left_as_it_was_found() -> None:
+    model = Says(3).train()
+    project(model, data(torch.randn(4, 3), [0, 1, 0, 1]), TASK)
+    assert model.training
+    assert model.drop.training
+
+
+def test_classes_are_carried_over_by_name() -> None:
+    found = renamed(Says(4), ["w", "x", "y", "z"], TASK, {"a": ["x", "w"], "b": ["z"]})
+    logits = torch.tensor([[1.0, 2.0, 9.0, 0.5]])
+    share = logits.exp()[0]
+    kept = share[0] + share[1] + share[3]  # y is none of ours, however sure the teacher is of it
+    expected = torch.stack([share[0] + share[1], share[3]]) / kept
+    torch.testing.assert_close(found.eval()(logits.reshape(1, 1, 1, 4)).exp()[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ({"a": ["x"]}, "'b' has no class of the teacher"),
+        ({"a": ["x"], "c": ["y"]}, "the data have no class 'c'"),
+        ({"a": ["x"], "b": ["yy"]}, r"the teacher has no class 'yy'; did you mean 'y'\?"),
+        ({"a": ["x", "y"], "b": ["y"]}, "'y' stands twice"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused(classes: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        renamed(Says(2), ["x", "y"], TASK, classes)
+
+
+def test_unlabelled_data_cannot_teach_the_projection() -> None:
+    source = attar.data.TensorSource(torch.randn(4, 1, 1, 3), classes=2)
+    with pytest.raises(UsageError, match="has no labels to project"):
+        project(Says(3), source, TASK)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_fitted_to_what_the_model_was_built_for(channels: int) -> None:
+    model = attar.models.build("mlp", shape=(channels, 6, 6), outputs=4, widths=[3]).eval()
+    found = Projected(model, torch.full((4, 2), 0.5), shape=(channels, 6, 6)).eval()
+    for theirs in (1, 3):
+        assert found(torch.rand(2, theirs, 9, 12)).shape == (2, 2)
+    same = torch.rand(2, channels, 6, 6)
+    table = Projected(model, torch.eye(4), shape=(channels, 6, 6))
+    torch.testing.assert_close(table(same), model(same).log_softmax(1))
+
+
+def test_a_student_learns_from_it(digits: attar.data.Splits) -> None:
+    """A teacher of two classes, even and odd in other words, is a teacher of ten."""
+    task = attar.tasks.ImageClassification().fitted(digits.train)
+    torch.manual_seed(0)
+    model = attar.models.build("resnet", shape=(1, 8, 8), outputs=3, width=4)
+    teacher = attar.Teacher(project(model, digits.train, task), task)
+    student = attar.models.build("resnet", data=digits.train, width=4)
+    rows = attar.data.Subset(digits.train, torch.arange(64))
+    attar.distill(student, teacher, rows, task, [attar.Term(attar.losses.kl_divergence)], epochs=1)

@@ -1,0 +1,123 @@
+"""Every example runs on small data, and begins with what it needs and how to call it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+import attar
+from attar.cli.main import app
+from attar.recipes import load_recipe
+from attar.recipes import run as run_recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# What makes a recipe quick: overrides, and the data where the example's own may be absent.
+FEW = ["teacher.train.epochs=4", "stages.0.epochs=2", "seeds=1"]
+BANDS = ["teacher.train.epochs=8", "teacher.train.batch_size=16", "teacher.train.augment=[]"]
+BANDS += ["teacher.model.width=8", "stages.0.epochs=2", "seeds=1"]
+QUICK: dict[str, list[str]] = {
+    "digits.yaml": FEW,
+    "fashion_mnist.yaml": [*BANDS, "data.folder={clothes}"],
+    "images.yaml": [*BANDS, "data.folder={photos}", "data.size=16"],
+    "own_model.yaml": FEW,
+    "transformers_teacher.yaml": FEW,
+}
+PLUGINS = {"own_model.yaml": ["own_model.py"]}
+SCRIPTS: dict[str, dict[str, Any]] = {
+    "transfer.py": {"epochs": 2},
+    "unlabelled.py": {"epochs": 1},
+}
+
+
+def _bands(generator: np.random.Generator, label: int, side: int, channels: int) -> np.ndarray:
+    """Noise, and a bright band whose height is the class."""
+    pixels = generator.integers(0, 120, (side, side, channels), np.uint8)
+    top = side * label // 10
+    pixels[top : top + max(side // 8, 2)] = 255
+    return pixels
+
+
+def photos(folder: Path) -> None:
+    """Three classes of 60 images of several sizes, half of them JPEG."""
+    image = pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    for name, label in (("high", 1), ("middle", 4), ("low", 7)):
+        (folder / name).mkdir(parents=True)
+        for i in range(60):
+            pixels = _bands(generator, label, int(generator.integers(20, 40)), 3)
+            image.fromarray(pixels).save(folder / name / f"{i}.{('png', 'jpg')[i % 2]}")
+
+
+def clothes(folder: Path) -> None:
+    """Four idx files as those of Fashion-MNIST, of ten classes."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for prefix, count in (("train", 400), ("t10k", 100)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.stack([_bands(generator, int(k), 28, 1)[..., 0] for k in labels])
+        head = b"\0\0\x08\x03" + np.array(pixels.shape, ">i4").tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        head = b"\0\0\x08\x01" + np.array(labels.shape, ">i4").tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+MADE: dict[str, Callable[[Path], None]] = {"photos": photos, "clothes": clothes}
+
+
+def test_every_example_is_run_here() -> None:
+    plugins = {name for names in PLUGINS.values() for name in names}
+    assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*QUICK, *SCRIPTS, *plugins}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_recipe_comes_to_its_verdict(name: str, tmp_path: Path) -> None:
+    overrides = list(QUICK[name])
+    for data, make in MADE.items():
+        if any(f"{{{data}}}" in text for text in overrides):
+            make(tmp_path / data)
+            overrides = [text.replace(f"{{{data}}}", str(tmp_path / data)) for text in overrides]
+    plugins = [str(EXAMPLES / plugin) for plugin in PLUGINS.get(name, ())]
+    loaded = load_recipe(EXAMPLES / name, overrides=overrides, plugins=plugins)
+    run_recipe(loaded, folder=tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "student").is_dir()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_comes_to_its_end(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert isinstance(module.main(**SCRIPTS[name]), attar.evaluation.Verdict)
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.*")), ids=lambda p: p.name)
+def test_an_example_begins_with_what_it_shows_and_the_command(path: Path) -> None:
+    """In two to four lines; the command is read as the shell would read it."""
+    if path.name == "digits.yaml":
+        return  # the README tells of it
+    comment = re.match(r"(?:# .*\n)+", path.read_text())
+    assert comment is not None
+    lines = comment[0].splitlines()
+    assert 2 <= len(lines) <= 4
+    words = shlex.split(lines[-1].removeprefix("# "))
+    named = {word for word in words if word.startswith("examples/")}
+    assert f"examples/{path.name}" in named
+    assert all((EXAMPLES.parent / word).is_file() for word in named)
+    if words[0] == "attar":
+        group: Any = typer.main.get_command(app)
+        group.commands[words[1]].make_context(words[1], words[2:])
+    else:
+        assert words[:1] == ["python"]
