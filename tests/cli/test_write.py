@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import attar
-from attar.cli.write import Choices, evaluate_model, reader, usual_size, write_recipe
+from attar.cli.write import (
+    Choices,
+    check_names,
+    evaluate_model,
+    reader,
+    usual_size,
+    write_recipe,
+)
 from attar.recipes import parse
 from attar.runtime import UsageError
 
@@ -105,7 +112,7 @@ def test_a_chosen_size_is_part_of_the_recipe(tmp_path: Path) -> None:
         ("t.parquet", NONE, r"--target; its columns are a \(number\), kind \(text\)"),
         ("t.parquet", Choices(target="knd"), "did you mean 'kind'"),
         ("t.parquet", Choices(target="a"), "--inputs; its columns are kind"),
-        ("empty", NONE, "holds no idx files, no data set and no folders of images"),
+        ("empty", NONE, "no folders of images by class; .* as empty/CLASS/1.jpg"),
     ],
 )
 def test_what_cannot_be_told_is_asked_for(
@@ -116,6 +123,34 @@ def test_what_cannot_be_told_is_asked_for(
     _parquet(tmp_path / "t.parquet", a=[0.5, 1.0], kind=["x", "y"])
     with pytest.raises(UsageError, match=says):
         reader(data, said)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "says"),
+    [
+        ("photo-net", "mlp", "--teacher photo-net: there is no such folder .* mean 'photos-net'"),
+        ("resnt", "mlp", "--teacher resnt: .*did you mean 'resnet'"),
+        ("resnet", "mobilnet", "--student mobilnet: .*did you mean 'mobilenet'"),
+        ("resnet", "photos-net", "--student pretrained student.path=photos-net"),
+    ],
+)
+def test_a_misspelt_teacher_or_student_is_told_with_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str, student: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos-net").mkdir()
+    (tmp_path / "photos-net" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=says):
+        check_names(teacher, student)
+
+
+def test_what_is_saved_or_a_family_is_a_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net").mkdir()
+    for teacher in ("net", "net.pt/../net", "owner/name", "ResNet"):
+        check_names(teacher, "mobile-net")
 
 
 def _saved(folder: Path, data: dict[str, object], shape: tuple[int, int, int]) -> Path:

@@ -310,3 +310,10 @@ def test_two_processes_do_not_send_the_same_run_to_one_place(
     with Lock(lock), pytest.raises(RunExistsError, match="another process sends this run to wandb"):
         track(run, "wandb")
     assert track(run, "wandb", into=run.parent / "w") == 5
+
+
+def test_a_name_in_the_log_leads_to_no_other_folder(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"split": "../../v", "step": 1, "arm": "../../../elsewhere", "loss": 1.0}\n')
+    (point,) = Log(path).read()
+    assert (point.stage, point.split) == ("_.._.._elsewhere", "_.._v")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -396,6 +397,27 @@ def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch):
     assert out.stdout.startswith("no-one/nothing: there is no such folder, and the hub did not")
     assert out.stdout.count("\n") == 1
     assert out.stderr == ""
+
+
+def test_a_weights_file_that_is_not_there_is_not_asked_of_the_hub():
+    assert models.is_foreign("no-one/nothing")
+    for suffix in ("pt", "bin", "safetensors"):
+        assert not models.is_foreign(f"absent/teacher.{suffix}")
+
+
+def test_attempts_to_reach_the_hub_are_not_told_one_by_one(tmp_path, monkeypatch):
+    hub = logging.getLogger("huggingface_hub")
+    before, seen = hub.level, []
+    config = hf.AutoConfig.from_pretrained
+
+    def spied(*args, **options):
+        seen.append(hub.isEnabledFor(logging.WARNING))
+        return config(*args, **options)
+
+    foreign("vit", tmp_path)
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", spied)
+    models.build("pretrained", data=source(), path=str(tmp_path))
+    assert (seen, hub.level) == ([False], before)
 
 
 def test_transformers_that_is_not_installed_is_said_with_the_line_to_type(monkeypatch):

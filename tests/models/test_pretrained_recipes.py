@@ -98,7 +98,9 @@ def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(teache
     config = json.loads((teacher / "config.json").read_text())
     config["id2label"] = {"0": "cat", "1": "dark", "2": "dog"}
     (teacher / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"\(cat, dark, dog\) are not those of the data"):
+    with pytest.raises(
+        DataError, match=r"\(cat, dark, dog\) are not those of the data.*project: true"
+    ):
         check(recipe(str(teacher), "mlp"))
 
 
@@ -111,3 +113,54 @@ def test_a_misspelt_config_value_is_an_error_of_the_recipe(teacher):
     student = {"name": "transformers", "architecture": "vit", "config": {"hidden_sizes": [8]}}
     with pytest.raises(PreflightError, match="did you mean 'hidden_size'"):
         check(recipe(str(teacher), student))
+
+
+def test_a_folder_that_only_transformers_wrote_is_evaluated(teacher: Path, tmp_path: Path) -> None:
+    """By the command's own function: the classes are put into the order of the data."""
+    from attar.cli.write import Choices, evaluate_model
+
+    image = pytest.importorskip("PIL.Image")
+    for part, seed, count in (("train", 0, 30), ("test", 1, 60)):
+        rows = source(seed, count).rows(torch.arange(count))
+        for number, (pixels, label) in enumerate(zip(rows["inputs"], rows["labels"], strict=True)):
+            folder = tmp_path / "photos" / part / NAMES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray((pixels[0] * 255).byte().numpy()).save(folder / f"{number}.png")
+    found = evaluate_model(teacher, str(tmp_path / "photos"), Choices())
+    assert found.scores["accuracy"] > 0.8
+
+
+def test_a_size_that_is_chosen_for_a_folder_of_transformers_is_told(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attar.cli.write import Choices, evaluate_model
+
+    image = pytest.importorskip("PIL.Image")
+    for name in NAMES:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for side in (20, 24, 28, 32, 36):
+            image.new("L", (side, side)).save(tmp_path / "photos" / name / f"{side}.png")
+    evaluate_model(teacher, str(tmp_path / "photos"), Choices(size=16))
+    assert capsys.readouterr().err == ""
+    evaluate_model(teacher, str(tmp_path / "photos"), Choices())
+    assert "become 32 pixels a side; --size N" in capsys.readouterr().err
+
+
+def test_a_teacher_of_transformers_with_other_classes_is_projected(teacher: Path) -> None:
+    """Two classes of ours for three of its own."""
+
+    def merged(part: attar.data.Source) -> attar.data.Source:
+        rows = part.rows(torch.arange(len(part)))
+        labels = (rows["labels"] > 0).long()
+        return attar.data.TensorSource(rows["inputs"], labels, classes=("dark", "other"))
+
+    plan = recipe(str(teacher), {"name": "resnet", "width": 2})
+    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+    fields["data"] = tuple(merged(part) for part in splits())
+    for how in ({"project": True}, {"classes": {"dark": ["dark"], "other": ["grey", "light"]}}):
+        made = attar.recipes.TeacherPlan(load=str(teacher), **how)
+        verdict = run(
+            Recipe(**fields | {"teacher": made}),
+            folder=teacher.parent / str(len(how)) / next(iter(how)),
+        )
+        assert verdict.models["teacher"].primary.value > 0.8

@@ -473,7 +473,15 @@ def test_folders_that_are_no_model_say_where_to_look(small, tmp_path):
     refused(tmp_path / "empty", r"write one with attar\.models\.save")
     refused(folder / WEIGHTS, f"load the folder, {folder}")
     (tmp_path / "loose.safetensors").write_bytes(b"")
-    refused(tmp_path / "loose.safetensors", "load_weights")
+    refused(tmp_path / "loose.safetensors", r"model: FAMILY, load: .*loose.*load_weights")
+    refused(tmp_path / "absent" / "loose.safetensors", "there is no such file; check the path")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}")
+    (theirs / WEIGHTS).write_bytes(b"")
+    refused(theirs / WEIGHTS, f"load the folder, {theirs}")
+    refused(theirs, f"name: pretrained, path: {theirs}")
+    assert str(theirs) in refused(tmp_path / "thiers", "there is no such folder; models are in")
     for suffix in ("pt", "pth", "bin", "ckpt", "PT"):
         path = tmp_path / f"weights.{suffix}"
         path.write_bytes(b"")

@@ -101,6 +101,12 @@ def test_what_has_another_shape_stays_fresh_with_its_reason() -> None:
     assert found.told().endswith("fresh: stage3.0.conv2.conv.weight, head.weight, head.bias")
 
 
+def test_a_kernel_is_not_taken_for_a_grid_of_positions() -> None:
+    """5 = 1 + 2 x 2 and 10 = 1 + 3 x 3: as many inputs as a grid would have rows."""
+    theirs, own = (nn.Sequential(nn.Conv1d(n, 8, 3), nn.Linear(4, 2)) for n in (5, 10))
+    assert "0.weight" in transferable(own, theirs).fresh
+
+
 def test_another_architecture_is_refused_before_anything_changes() -> None:
     student = made("mlp", 2, shape=(64,))
     before = copy.deepcopy(student.state_dict())

@@ -23,7 +23,7 @@ from attar.evaluation import collect
 from attar.losses import kl_divergence, mse
 from attar.runtime import DivergedError, Interrupted, Run, opened
 from attar.runtime.ranks import Ranks
-from attar.training import Fit, Home, Term, adamw, fit
+from attar.training import Fit, Home, Term, adamw, fit, sgd
 
 # 101 rows in batches of 20: the last batch has one, of which all ranks but one have none.
 ROWS, BATCH = 101, 20
@@ -31,6 +31,11 @@ TASK = attar.tasks.TabularClassification()
 TERMS = [
     Term(partial(kl_divergence, temperature=2.0), weight=0.9),
     Term(mse, "feature:1", "feature:1", projector=attar.models.projectors.linear),
+]
+# The linear projector learns from the first step, when most of the student is asleep.
+TUNED_TERMS = [
+    Term(partial(kl_divergence, temperature=2.0), weight=0.9),
+    Term(mse, "feature:3", "feature:1", projector=attar.models.projectors.linear),
 ]
 PLAN: dict[str, Any] = {
     "epochs": 2,
@@ -162,6 +167,63 @@ def training(kind: str, ranks: Ranks) -> None:
         assert len(lines[0]) == len(lines[1])
 
 
+def deep(seed: int, outputs: int = 3) -> nn.Sequential:
+    """A stem with batch norm, three blocks and a head."""
+    torch.manual_seed(seed)
+    block = partial(nn.Linear, 5, 5, bias=False)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh()),
+        *(nn.Sequential(block(), nn.Tanh()) for _ in range(3)),
+        nn.Linear(5, outputs),
+    )
+
+
+TUNED: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": BATCH,
+    "optimizer": partial(sgd, lr=0.1),
+    "clip": 0.5,
+    "freeze": ["0", "2"],
+    "unfreeze_every": 1,
+    "layer_decay": 0.8,
+    "l2_sp": 0.5,
+    "average": 0.9,
+    "checkpoint_every": 1,
+    "log_every": 1,
+}
+
+
+def tune(
+    ranks: Ranks, kind: str, folder: Path, at: Callable[[int], None] | None = None
+) -> tuple[Fit, nn.Module]:
+    """A student that starts from another model's body; also the student before it."""
+    student, start = deep(1), deep(7, outputs=4)
+    ranks.barrier()
+    with opened(ranks, folder, resume=True) as run:
+        told = {"validation": data()[1], "home": Home(run, resume=True), "init": start}
+        made = fit(
+            student, net(2, 8), data(at)[0], TASK, TUNED_TERMS, **told, **TUNED, parallel=kind
+        )
+    return made, start
+
+
+def tuned(kind: str, ranks: Ranks) -> None:
+    """What is frozen, asleep, slowed and pulled on several ranks is so as on one; so resumed."""
+    ranks = as_kind(ranks, kind)
+    with shared_folder(ranks) as folder, tempfile.TemporaryDirectory() as own:
+        with alone():
+            expected, start = tune(Ranks(), "auto", Path(own) / "run")
+        found, _ = tune(ranks, kind, folder / "run")
+        close(found, expected)
+        assert found.student[2][0].weight.equal(start[2][0].weight)
+        assert not found.student[1][0].weight.equal(start[1][0].weight)
+        assert all(p.requires_grad for p in found.student.parameters())
+        with pytest.raises(Crash):
+            tune(ranks, kind, folder / "stopped", crash_at(8))
+        ranks.barrier()
+        equal(tune(ranks, kind, folder / "stopped")[0], found)
+
+
 def world_changes(kind: str, ranks: Ranks) -> None:
     """Begun by several and ended by one, and the other way: no row is lost or seen twice."""
     ranks = as_kind(ranks, kind)
@@ -278,6 +340,7 @@ def door(ranks: Ranks) -> None:
 def make() -> dict[str, Callable[[Ranks], None]]:
     both = {
         "training": training,
+        "tuned": tuned,
         "world-changes": world_changes,
         "exact-resume": exact_resume,
         "signal": one_signal_stops_all,

@@ -106,8 +106,10 @@ def test_classes_can_be_named(write: Callable[..., Path], source: Path, tmp_path
 
 def test_fewer_examples_are_shared_among_the_classes(write: Callable[..., Path]) -> None:
     plan = check(write(PROBE))
-    assert (plan["data"]["train"], plan["data"]["validation"]) == (108, 12)
-    with pytest.raises(PreflightError, match=r"examples is 5,000, but digits has 1,078"):
+    assert (plan["data"]["train"], plan["data"]["validation"]) == (120, 108)
+    with pytest.raises(
+        PreflightError, match=r"examples is 5,000, but digits has 970 training rows"
+    ):
         check(write(PROBE), overrides=["examples=5000"])
 
 

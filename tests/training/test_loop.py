@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 
 import attar
 from attar.losses import kl_divergence, mse
-from attar.runtime import DivergedError, PreflightError, UsageError
+from attar.runtime import DivergedError, PreflightError, Ranks, UsageError
 from attar.training import Term, adamw, constant, cosine, fit, linear, sgd
 from attar.training.loop import windows
 from attar.training.optimization import Average, parameter_groups
+from attar.training.record import Record
 
 SOFT = Term(partial(kl_divergence, temperature=4.0), weight=0.9)
 PLAIN = partial(sgd, lr=0.1, momentum=0.9, weight_decay=0.0)
@@ -335,6 +337,18 @@ def test_the_log_holds_the_mean_of_the_steps_since_the_last_record(
         assert grouped[index]["loss"] == pytest.approx(
             0.9 * terms["kl_divergence"] + 0.1 * terms["labels"], rel=1e-5
         )
+
+
+def test_a_rank_without_rows_adds_zeros_to_the_record_that_others_wait_for() -> None:
+    class Asked(Ranks):
+        def sums(self, values: Sequence[float]) -> Sequence[float]:
+            return [value + 6.0 for value in values]  # what another rank has
+
+    record = Record(["labels", "match"])
+    record.step(3.0)
+    found = record.take(Asked(), 0, 2, 0.1)
+    assert found is not None
+    assert found["terms"] == {"labels": 3.0, "match": 3.0}
 
 
 def test_windows_are_whole_but_for_the_last() -> None:

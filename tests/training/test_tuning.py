@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import attar
+from attar.losses import mse
 from attar.runtime import PreflightError, Run, UsageError
 from attar.training import Home, adamw, fit, sgd
 from attar.training.optimization import make_optimizer, parameter_groups
@@ -114,6 +115,39 @@ def test_the_plan_counts_what_is_trained(blobs: Any) -> None:
     assert plan.trained_parameters == 27
 
 
+@pytest.mark.parametrize("options", [{"frozen_batch_norm": True}, {"freeze": ["stem", "body"]}, {}])
+def test_a_batch_of_one_is_no_trouble_to_norms_that_keep_their_statistics(
+    blobs: Any, options: dict[str, Any]
+) -> None:
+    start = net(1)
+    if not options:
+        start.stem.eval()
+        start.body.eval()
+    one_left = attar.data.Subset(blobs.train, torch.arange(33))
+    assert moved(start, trained(one_left, start, **options))
+    with pytest.raises(PreflightError, match="is a single one"):
+        trained(one_left, net(1))
+
+
+class Tied(nn.Module):
+    """The head's weight is that of the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2, bias=False)
+        self.inner = nn.Linear(2, 2)
+        self.last = nn.Linear(2, 2, bias=False)
+        self.last.weight = self.first.weight
+
+
+def test_a_tied_tensor_is_frozen_and_spared_by_any_of_its_names() -> None:
+    inner = {"inner.weight", "inner.bias"}
+    for name in ("first", "last", "last.weight", "head"):
+        assert frozen(Tied(), [name]) == {"first.weight"}
+        assert frozen(Tied(), ["*", f"!{name}"]) == inner
+    assert levels(Tied()) == [["inner.weight", "inner.bias"], ["first.weight"]]
+
+
 # ---------------------------------------------------------------- levels and thawing
 
 
@@ -152,6 +186,46 @@ def test_levels_thaw_from_the_output_on(blobs: Any, epochs: int, learns: tuple[s
     options = {"unfreeze_every": 2, "epochs": epochs, "optimizer": partial(adamw, lr=0.01)}
     after = trained(blobs.train, start, **options)
     assert moved(start, after) == {n for n in start.state_dict() if n.startswith(learns)}
+
+
+@pytest.mark.parametrize(
+    ("frozen_parts", "epochs", "learns"),
+    [
+        (["head"], 1, ("body",)),
+        (["head"], 2, ("body", "stem")),
+        (["body"], 1, ("head",)),
+        (["body"], 2, ("head", "stem")),
+    ],
+)
+def test_levels_that_are_frozen_are_passed_over(
+    blobs: Any, frozen_parts: list[str], epochs: int, learns: tuple[str, ...]
+) -> None:
+    start = net(1)
+    after = trained(blobs.train, start, unfreeze_every=1, epochs=epochs, freeze=frozen_parts)
+    assert moved(start, after) == {n for n in start.state_dict() if n.startswith(learns)}
+
+
+def test_norms_without_parameters_sleep_with_the_layers_around_them(blobs: Any) -> None:
+    norm = partial(nn.BatchNorm1d, 2, affine=False)
+    plain = partial(nn.Linear, 2, 2, bias=False)
+    start = nn.Sequential(plain(), norm(), nn.Sequential(norm(), plain()), norm())
+    start.append(nn.Linear(2, 3))
+    for epochs, learns in ((1, ("4",)), (2, ("2", "3", "4")), (3, ("0", "1", "2", "3", "4"))):
+        after = trained(blobs.train, start, unfreeze_every=1, epochs=epochs)
+        assert moved(start, after) == {n for n in start.state_dict() if n.startswith(learns)}
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_a_projector_learns_from_the_first_step_while_the_student_sleeps(
+    blobs: Any, optimizer: Any
+) -> None:
+    """torch's fused kernels refuse a group in which some have momentum and some have none."""
+    start, student = net(1), net(1)
+    projector = attar.models.projectors.linear
+    terms = [attar.training.Term(mse, "feature:body", "feature:stem", projector=projector)]
+    options = QUICK | {"optimizer": partial(optimizer, lr=0.01), "epochs": 3}
+    attar.distill(student, net(2), blobs.train, TASK, terms, unfreeze_every=1, **options)
+    assert moved(start, student) == set(start.state_dict())
 
 
 def test_what_is_asleep_gathers_no_momentum(blobs: Any) -> None:
@@ -277,6 +351,14 @@ def test_the_preflight_changes_no_weight(blobs: Any) -> None:
     before = copy.deepcopy(start.state_dict())
     attar.training.check(start, None, blobs.train, TASK, label_weight=1.0, init=net(7), l2_sp=0.1)
     assert all(torch.equal(t, before[n]) for n, t in start.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [{"freeze": ["nothing"]}, {"compile": True}, {"device": "nope"}])
+def test_a_stage_that_is_refused_takes_no_weights(blobs: Any, wrong: dict[str, Any]) -> None:
+    start = net(1)
+    with pytest.raises(attar.runtime.AttarError):
+        attar.train(start, blobs.train, TASK, init=net(7), **QUICK | wrong)
+    assert not moved(net(1), start)
 
 
 def test_a_source_of_another_architecture_is_refused(blobs: Any) -> None:

@@ -149,9 +149,11 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Write a recipe from a few choices, then run it."""
-    from attar.cli.write import Choices, write_recipe
+    from attar.cli.write import Choices, check_names, write_recipe
     from attar.recipes import parse, resolve
 
+    if not plugin:
+        check_names(teacher, student)
     said = Choices(target, inputs or (), size, regression)
     text = write_recipe(teacher, student, data, said, epochs=epochs)
     loaded = resolve(parse(text, "distill"), overrides=overrides or (), plugins=plugin or ())

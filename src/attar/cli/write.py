@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ _IDX = re.compile(r".*-idx\d-ubyte(\.gz)?")
 _TABLES = {".parquet", ".arrow", ".json", ".jsonl"}
 _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LABELS = ("label", "labels", "target", "class")
+_SAVED = {"config.json", "model.json"}  # of transformers, and of attar
 _OPENED = 32  # images that are looked at to choose a size
 _KNOWN = (
     "or name a CSV file, a folder of images or of idx files, or a data set of Hugging Face's "
@@ -78,7 +80,7 @@ def _folder(data: str, said: Choices) -> tuple[dict[str, Any], str]:
     if not any(os.path.isdir(os.path.join(data, name)) for name in names):
         raise UsageError(
             f"--data {data}: holds no idx files, no data set and no folders of images by class; "
-            "name another"
+            f"put the images of each class into a folder of its name, as {data}/CLASS/1.jpg"
         )
     options: dict[str, Any] = {"name": "images", "folder": data}
     size = said.size or usual_size(data)
@@ -167,11 +169,45 @@ def _listed(kinds: dict[str, str]) -> str:
     return "its columns are " + ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 
+def check_names(teacher: str, student: str) -> None:
+    """Refuse a teacher or student that is neither saved nor a family, in the command's words.
+
+    What a plugin names, only the recipe knows: do not ask where there is one.
+    """
+    from attar.models import families
+
+    known = {_folded(name): name for name in families()}
+    if not _is_saved(teacher) and _folded(teacher) not in known:
+        saved = (p.parent.name for p in Path().glob("*/*.json") if p.name in _SAVED)
+        near = suggest(teacher, {*known.values(), *saved})
+        raise UsageError(
+            f"--teacher {teacher}: there is no such folder and no such family of models; {near}"
+        )
+    if (Path(student) / "config.json").is_file():
+        raise UsageError(
+            f"--student {student}: is a folder, but a student is a family of models; to start from "
+            f"the folder's weights write --student pretrained student.path={student}"
+        )
+    if _folded(student) not in known:
+        raise UsageError(
+            f"--student {student}: there is no such family of models; "
+            f"{suggest(student, known.values())}"
+        )
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")  # as recipes read names
+
+
+def _is_saved(teacher: str) -> bool:
+    return Path(teacher).exists() or "/" in teacher  # as in owner/name on the hub
+
+
 def write_recipe(teacher: str, student: str, data: str, said: Choices, *, epochs: int) -> str:
     """The text of a recipe that distils *teacher* into *student* on *data*."""
     options, task = reader(data, said)
     taught = f"{{load: {json.dumps(teacher)}}}"
-    if not Path(teacher).exists() and "/" not in teacher:  # as in owner/name on the hub
+    if not _is_saved(teacher):
         taught = f"{{model: {json.dumps(teacher)}, train: {{epochs: {epochs}}}}}"
     loss = "mse" if said.regression else "{name: kl_divergence, temperature: 4.0}"
     chosen = options.get("size") and not said.size
@@ -231,6 +267,9 @@ def _read(model: Path, data: str, said: Choices, plugins: Sequence[str]) -> tupl
     options, task = reader(data, said)
     known = rooms(plugins)
     if is_foreign(str(model)):
+        if options.get("size") and said.size is None:
+            note = f"the images are of several sizes and become {options['size']} pixels a side"
+            print(f"attar: {note}; --size N chooses another", file=sys.stderr)
         return _foreign(model, _test_split(options, known), task)
     added = {name: make for name, make in known["models"].items() if name not in families()}
     module, extra = load(model, families=added), read_extra(model)

@@ -18,7 +18,7 @@ from attar.evaluation import Verdict, cells
 from attar.exporting.artefact import Artefact
 from attar.runtime import UsageError, suggest
 from attar.tasks import Regression, Task
-from attar.tasks.classification import Classification
+from attar.tasks.classification import Classification, ImageClassification
 
 SHOWN = 100  # classes that are named
 LONGEST = 300  # signs of one text from outside
@@ -158,7 +158,7 @@ def _facts(
         f"- teacher: {escaped(card.get('teacher', 'not stated'))}",
         f"- data: {escaped(card.get('data', 'not stated'))}",
         f"- task: {escaped(type(task).__name__) if task else 'not stated'}",
-        f"- input: [n, {shape}], {_dtype(examples)}",
+        f"- input: [n, {shape}], {_dtype(examples)}{_scale(task)}",
         f"- output: [n, {width}], {_dtype(outputs)}{_meaning(task)}",
         *_classes(task),
     ]
@@ -177,6 +177,13 @@ def described(module: nn.Module) -> str:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _scale(task: Task | None) -> str:
+    """How pixels become numbers; what else is done to them, the network does itself."""
+    if not isinstance(task, ImageClassification):
+        return ""
+    return ", pixels / 255, so in [0, 1]; all other normalising is inside the network"
 
 
 def _meaning(task: Task | None) -> str:

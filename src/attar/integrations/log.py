@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from attar.runtime import DataError
 
 _PLACE = {"split", "step"}
+_LONGEST = 80  # letters of the name of a stage
 
 
 class Point(NamedTuple):
@@ -90,7 +92,13 @@ def _point(line: bytes, where: str) -> Point | None:
     rest = {name: value for name, value in record.items() if name not in _PLACE}
     mark = [str(value) for name, value in rest.items() if name == "seed" or isinstance(value, str)]
     values = {name: value for name, value in rest.items() if name != "seed"}
-    return Point("-".join(mark) or "stage", split, step, dict(_numbers(values, "")))
+    stage = _plain("-".join(mark)) or "stage"
+    return Point(stage, _plain(split) or "split", step, dict(_numbers(values, "")))
+
+
+def _plain(name: str) -> str:
+    """A name that leads nowhere else: trackers make folders of it, and anybody may write a log."""
+    return re.sub(r"[^\w.+ -]", "_", name).strip(". ")[:_LONGEST]
 
 
 def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

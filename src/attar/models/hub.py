@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from attar.models.architectures import (
     network,
 )
 from attar.models.layers import image_shape
-from attar.models.record import RECORD, printable, to_convert
+from attar.models.record import RECORD, WEIGHT_FILES, printable, to_convert
 from attar.models.types import Labels, Pair, Shape, Size
 from attar.runtime import DataError, UsageError
 
@@ -88,7 +89,9 @@ def is_foreign(path: str) -> bool:
     place = Path(path)
     if place.is_dir():
         return (place / "config.json").is_file() and not (place / RECORD).is_file()
-    return not place.exists() and not place.parent.is_dir() and bool(_HUB_ID.fullmatch(path))
+    if place.exists() or place.parent.is_dir() or place.suffix.lower() in WEIGHT_FILES:
+        return False
+    return bool(_HUB_ID.fullmatch(path))
 
 
 def own_classes(path: str) -> list[str]:
@@ -167,12 +170,17 @@ def _order(
 ) -> list[int] | str:
     """Which of the folder's classes each of the data's is, or why there is no telling."""
     own = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    named = json.dumps(path)
     advice = (
-        "give data with its classes, or train a head for these: "
-        f"teacher: {{model: {{name: pretrained, path: {json.dumps(path)}}}, train: {{epochs: 5}}}}"
+        "train a head for these: "
+        f"teacher: {{model: {{name: pretrained, path: {named}}}, train: {{epochs: 5}}}}"
     )
     if headless:
-        return f"has no trained head; {advice}"
+        return f"has no trained head; give a model that has one, or {advice}"
+    advice = (
+        "give data with its classes, project its answers onto the data's: "
+        f"teacher: {{load: {named}, project: true}}, or {advice}"
+    )
     if len(own) != outputs:
         return f"knows {len(own)} classes, but the data have {outputs}; {advice}"
     unnamed = own == [f"LABEL_{index}" for index in range(len(own))]
@@ -237,10 +245,9 @@ def _pixels(path: str, image_size: Any) -> dict[str, Any]:
 def _read_pixels(path: str) -> dict[str, Any] | None:
     from transformers.utils.hub import cached_file
 
-    try:
-        file = cached_file(path, PIXELS)
-    except OSError:
-        return None
+    # A file that is not there is one thing; a network that fails must not pass for it.
+    with _explained(path):
+        file = cached_file(path, PIXELS, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
     with open(file, "rb") as opened:
@@ -294,11 +301,15 @@ def _quiet() -> Iterator[None]:
     """No bars and no advice of transformers: what matters here is an error of attar's."""
     logging = library().utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")  # tells each attempt to reach a network that is not there
+    level = hub.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.setLevel(ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()

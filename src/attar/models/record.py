@@ -17,6 +17,8 @@ from attar.runtime import DataError, UsageError
 RECORD = "model.json"
 WEIGHTS: Final = "model.safetensors"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHT_FILES = PICKLES | {".safetensors"}
+CONFIG: Final = "config.json"  # of a folder that transformers saved
 FORMAT: Final = "attar-model/1"
 LIMIT = 1 << 20  # bytes
 
@@ -141,7 +143,14 @@ def model_folder(path: Path) -> Path:
     if path.is_file():
         raise DataError(f"{path}: {_advice_for_file(path)}")
     if not path.is_dir():
+        if path.suffix.lower() in WEIGHT_FILES:
+            raise DataError(f"{path}: there is no such file; check the path")
         raise DataError(f"{path}: there is no such folder; {_models_below(path.parent, 2)}")
+    if (path / CONFIG).is_file() and not (path / RECORD).is_file():
+        raise DataError(
+            f"{path}: holds no {RECORD}, but a {CONFIG} as transformers saves it; its weights "
+            f"start a model of the family pretrained: {{name: pretrained, path: {path}}}"
+        )
     if not (path / RECORD).is_file():
         raise DataError(f"{path}: holds no {RECORD}; {_models_below(path, 3)}")
     return path
@@ -158,17 +167,19 @@ def to_convert(path: Path) -> str:
 def _advice_for_file(path: Path) -> str:
     if path.suffix.lower() in PICKLES:
         return to_convert(path)
-    if (path.parent / RECORD).is_file():
+    if any((path.parent / name).is_file() for name in (RECORD, CONFIG)):
         return f"is a file of a model folder; load the folder, {path.parent}"
     return (
-        "is a file, but load reads a folder that attar.models.save wrote; a bare .safetensors "
-        "file is read by attar.models.load_weights(model, path)"
+        "is a file of weights, which does not say of what network; name its family beside it, "
+        f"teacher: {{model: FAMILY, load: {path}}}, or put the config.json of transformers beside "
+        "it and load the folder; in Python attar.models.load_weights(model, path) fills a model"
     )
 
 
 def _models_below(folder: Path, levels: int) -> str:
-    patterns = ("*/" * level + RECORD for level in range(1, levels + 1))
-    found = (match.parent for pattern in patterns for match in sorted(folder.glob(pattern)))
+    patterns = ("*/" * level + WEIGHTS for level in range(1, levels + 1))
+    beside = (match.parent for pattern in patterns for match in sorted(folder.glob(pattern)))
+    found = (path for path in beside if (path / RECORD).is_file() or (path / CONFIG).is_file())
     shown = [str(path) for path in islice(found, 9)]
     if not shown:
         return "write one with attar.models.save(model, folder)"

@@ -113,7 +113,8 @@ def _fitted(theirs: Tensor | None, own: Tensor, first: bool) -> Tensor | None:
         return theirs
     if first and theirs.ndim == 4 and own.ndim == 4 and theirs.shape[2:] == own.shape[2:]:
         return _other_channels(theirs, own)
-    if theirs.ndim == 3 and own.ndim == 3 and theirs.shape[::2] == own.shape[::2]:
+    grids = theirs.ndim == own.ndim == 3 and theirs.shape[0] == own.shape[0] == 1
+    if grids and theirs.shape[2] == own.shape[2]:
         return _other_grid(theirs, own.shape[1])
     return None
 

@@ -41,6 +41,8 @@ class Job:
     task: Task
     teacher: nn.Module
     common: dict[str, Any]
+    whole: Source
+    """What a teacher is trained on: all training rows, also where the student is given fewer."""
 
     @property
     def teaching(self) -> dict[str, Any] | None:
@@ -83,7 +85,8 @@ class Job:
 def prepare(recipe: Recipe) -> Job:
     """Read the data, settle the task, make or load the teacher; trains nothing."""
     splits = recipe.data if isinstance(recipe.data, tuple) else recipe.data()
-    train, validation, test = _three([_fewer(splits[0], recipe), *splits[1:]], recipe)
+    whole, validation, test = _three(splits, recipe)
+    train = _fewer(whole, recipe)
     task = _task(recipe).fitted(train)
     for part in (validation, test):
         if part.labels is None:
@@ -94,13 +97,13 @@ def prepare(recipe: Recipe) -> Job:
         "precision": recipe.precision,
         "parallel": recipe.parallel,
     }
-    job = Job(recipe, train, validation, test, task, nn.Identity(), common)
+    job = Job(recipe, train, validation, test, task, nn.Identity(), common, whole)
     teacher = seeded(recipe.seed, partial(_teacher_model, job))
     return replace(job, teacher=_projected(job, teacher))
 
 
 def _fewer(train: Source, recipe: Recipe) -> Source:
-    """The rows of the training split that the recipe uses."""
+    """The rows of the training split that the student is given."""
     wanted, there = recipe.examples, len(train)
     if wanted is None or wanted == there:
         return train
@@ -233,7 +236,7 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 def check_job(job: Job) -> dict[str, Any]:
     """Try every stage on one batch; returns the plan as JSON."""
     if job.teaching is not None:
-        check_stage(job.teacher, None, job.train, job.task, **job.teaching)
+        check_stage(job.teacher, None, job.whole, job.task, **job.teaching)
     elif job.distils:
         check_floor(job)
     student = job.student(0)

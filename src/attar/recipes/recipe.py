@@ -91,8 +91,8 @@ class Recipe:
             makes one.
         stages: what is done to the student, in order.
         goal: what it has to keep.
-        examples: how many of the training rows are used, the same share of each class; all when
-            left out. The validation part is carved out of them.
+        examples: how many of the training rows the student is given, the same share of each
+            class; all when left out. A teacher that is trained here is given all.
         validation: share of the training split that chooses the epoch, where the data bring no
             split of their own.
         seed, seeds: the first seed, and how many the student is trained with.

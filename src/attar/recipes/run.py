@@ -205,7 +205,7 @@ def _teach(desk: Desk) -> Arm:
         done = fit(
             job.teacher,
             None,
-            job.train,
+            job.whole,
             job.task,
             validation=job.validation,
             home=desk.home(arm="teacher", seed=job.recipe.seed),

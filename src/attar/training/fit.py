@@ -116,8 +116,8 @@ def fit(
             raise PreflightError(f"{validation.name}: has no labels to validate against")
         task.fitted(validation)
     log = home.log if home is not None else log
-    start = started(student, init, task, plan)
     with prepared(student, teacher, data, task, terms, label_weight, plan) as stage:
+        start = started(student, init, task, plan)  # only a checked stage changes the student
         show = progress if stage.ranks.main else False
         with Bar(label, stage.shapes.steps, show=show) as bar, stage.wrapped() as wrap:
             choice = Choice(task, plan.keep if validation is not None else "last", stage.ranks)

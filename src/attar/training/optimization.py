@@ -104,11 +104,12 @@ class Place(NamedTuple):
     """The share of the rate that a parameter learns with, and with which others it begins to.
 
     Parameters that begin at different steps must not be in one group: torch's fused kernels take
-    the moments of all of a group, or of none.
+    the moments of all of a group, or of none. What is no part of the student begins at once, and
+    so is of no level of it.
     """
 
     share: float = 1.0
-    level: int = 0
+    level: int = -1
 
 
 def parameter_groups(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attar.runtime import AttarError, PreflightError, eval_mode, first_line
+from attar.runtime import AttarError, PreflightError, eval_mode, first_line, modes_of, restore_modes
 from attar.tasks import Task
 from attar.training.objective import Counts, Objective
 from attar.training.plan import Plan
@@ -115,15 +116,31 @@ def _dry_labels(objective: Objective, batch: dict[str, Tensor]) -> None:
 
 
 def check_smallest_batch(
-    student: nn.Module, task: Task, batch: dict[str, Tensor], examples: int, plan: Plan, ranks: int
+    student: nn.Module,
+    still: Iterable[nn.Module],
+    task: Task,
+    batch: dict[str, Tensor],
+    examples: int,
+    plan: Plan,
+    ranks: int,
 ) -> None:
-    """Batch statistics need two values: refuse a batch of one before an epoch is spent."""
+    """Batch statistics need two values: refuse a batch of one before an epoch is spent.
+
+    Args:
+        still: parts of the student that stay in eval mode, and so need no statistics of a batch.
+    """
     least = min(plan.batch_size, examples % plan.batch_size or plan.batch_size)
     if least // ranks > 1:
         return
+    modes = modes_of(student)
+    student.train()
+    for part in still:
+        part.training = False
+    trial = copy.deepcopy(student)  # its statistics may move
+    restore_modes(modes)
     try:
         with torch.no_grad():
-            task.forward(copy.deepcopy(student).train(), {k: v[:1] for k, v in batch.items()})
+            task.forward(trial, {k: v[:1] for k, v in batch.items()})
     except ValueError as error:
         raise PreflightError(
             f"with batch_size {plan.batch_size} and {ranks} rank{'s' * (ranks > 1)}, a batch of "

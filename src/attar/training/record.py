@@ -47,7 +47,9 @@ class Record:
         if not steps:
             return None
         columns = zip(*(zip(*pair, strict=True) for pair in self._pending()), strict=True)
-        totals = zip(self._names, ranks.sums([_total(c) for c in columns]), strict=True)
+        # A rank without rows since then adds nothing, and must say so: the others wait for it.
+        own = [_total(column) for column in columns] or [0.0] * len(self._names)
+        totals = zip(self._names, ranks.sums(own), strict=True)
         record = {
             "split": "train",
             "epoch": epoch,

@@ -78,7 +78,6 @@ class Stage:
             if self.plan.recompute:
                 stack.enter_context(recomputed(student))
             if self.plan.compile:
-                _check_compile(self.device)
                 stack.enter_context(compiled(student))
             wrap = self.ranks.wrap(self.objective, *self.example, precision=self.dtype)
             yield stack.enter_context(wrap)
@@ -115,6 +114,8 @@ def _prepared(
 ) -> Iterator[Stage]:
     device = ranks.device if ranks.world > 1 else resolve_device(plan.device)
     dtype = resolve_precision(plan.precision, device)
+    if plan.compile:
+        _check_compile(device)
     asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
     if asked and teacher is None:
         raise PreflightError(f"the terms ask a teacher for {asked[0]}, but there is no teacher")
@@ -123,6 +124,7 @@ def _prepared(
     teacher = _as_teacher(teacher, task)
     check_pair(student, teacher)
     modes, home = modes_of(student), next((p.device for p in student.parameters()), device)
+    on_purpose = [part for part, mode in modes if modes[0][1] and not mode]
     with (
         generators_seeded(_seed(plan, ranks), device),
         _opened(teacher, asked, device),
@@ -142,10 +144,10 @@ def _prepared(
             ).to(device) as objective:
                 check_labels(task, batch, objective)
                 make_optimizer(plan.optimizer, objective)
-                check_smallest_batch(student, task, batch, len(data), plan, ranks.world)
+                frozen = [*on_purpose, *still]
+                check_smallest_batch(student, frozen, task, batch, len(data), plan, ranks.world)
                 shapes = dry_pass(objective, batch, told)
                 stage = plan_stage(objective, teacher, data, plan, shapes)
-                frozen = [part for part, mode in modes if modes[0][1] and not mode] + still
                 example = batch, told
                 yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
         finally:

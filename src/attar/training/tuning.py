@@ -48,13 +48,14 @@ def levels(module: nn.Module) -> list[list[str]]:
 
     visit(module, "")
     named = dict(module.named_parameters())  # a tied tensor has its first name alone
-    head = set(head_of(module)) & named.keys()
+    first = _first_names(module)
+    head = {first[name] for name in head_of(module)}
     parts = [[name for name in names if name in named and name not in head] for names in found]
     return [names for names in [*parts, [name for name in named if name in head]] if names]
 
 
 def frozen(module: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Names of the tensors that *patterns* freeze.
+    """Names of the tensors that *patterns* freeze; of a tied tensor, its first name.
 
     A pattern is the path of a part or a parameter, with ``*`` for any letters; one that begins
     with ``!`` takes back what those before it froze. ``head`` is the last layer, whatever it is
@@ -63,18 +64,30 @@ def frozen(module: nn.Module, patterns: Iterable[str]) -> set[str]:
     >>> sorted(frozen(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), ["*", "!1"]))
     ['0.bias', '0.weight']
     """
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    first = _first_names(module)
     chosen: set[str] = set()
     for pattern in patterns:
         bare = pattern.removeprefix("!")
-        hits = {name for name in names if _matches(name, bare)}
+        hits = {own for name, own in first.items() if _matches(name, bare)}
         if not hits and bare == "head":
-            hits = set(head_of(module))
+            hits = {first[name] for name in head_of(module)}
         if not hits:
             paths = [path for path, _ in module.named_modules() if path]
             raise PreflightError(f"freeze: the student has no '{bare}'; {suggest(bare, paths)}")
         chosen = chosen - hits if pattern.startswith("!") else chosen | hits
     return chosen
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Each tensor's name, and the one it has in ``named_parameters``: a tied tensor has several."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name)
+        for name, tensor in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
+    }
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -117,6 +130,7 @@ def _has_statistics(part: nn.Module) -> bool:
 class Thaw:
     """Which levels learn: the head in the first epochs, then one more every so many.
 
+    Levels that are frozen as a whole are passed over: no epoch goes by without one that learns.
     Gradients of the others are dropped before a step, so that they gather no momentum and no
     decay. (They are computed: parameters that begin to ask for gradients in the middle would
     have to be wrapped anew on several ranks. ``freeze`` saves their cost.)
@@ -125,11 +139,10 @@ class Thaw:
     def __init__(self, student: nn.Module, every: int) -> None:
         named = dict(student.named_parameters())
         self._levels = [[named[name] for name in names] for names in levels(student)]
-        owners = {id(p): part for part in student.modules() for p in part.parameters(recurse=False)}
-        self._norms = [
-            [owners[id(p)] for p in level if _has_statistics(owners[id(p)])]
-            for level in self._levels
+        self._learning = [
+            depth for depth, level in enumerate(self._levels) if any(p.requires_grad for p in level)
         ]
+        self._norms = _norms_by_level(student, self._levels)
         self._every = every
 
     def asleep(self, epoch: int) -> list[nn.Parameter]:
@@ -141,7 +154,20 @@ class Thaw:
         return [part for parts in self._norms[: self._count(epoch)] for part in parts]
 
     def _count(self, epoch: int) -> int:
-        return max(0, len(self._levels) - 1 - epoch // self._every)
+        last = len(self._learning) - 1 - epoch // self._every
+        return self._learning[last] if last > 0 else 0
+
+
+def _norms_by_level(student: nn.Module, levels: list[list[nn.Parameter]]) -> list[list[nn.Module]]:
+    """The batch norms of each level; one without parameters is of the level around or before it."""
+    depths = {p: depth for depth, level in enumerate(levels) for p in level}
+    found: list[list[nn.Module]] = [[] for _ in levels]
+    now = 0
+    for part in student.modules():
+        now = next((depths[p] for p in part.parameters() if p in depths), now)
+        if _has_statistics(part):
+            found[now].append(part)
+    return found
 
 
 class Anchor:
