@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attar.evaluation import cost, count_macs
+from attar.evaluation import cost, costs, count_macs
 from attar.runtime import UsageError
 
 
@@ -85,7 +85,7 @@ def test_latency_is_of_one_and_of_64_examples() -> None:
 
     found = cost(Spy(), torch.rand(10, 4), device="cpu")
     assert set(sizes) == {(1, False, False), (64, False, False)}
-    assert sizes.count((64, False, False)) == 500 + 5
+    assert sizes.count((64, False, False)) == 500 + 5 + 10
     assert set(found.latency) == {"1", "64"}
     for taken in found.latency.values():
         assert 0 < taken["p50_ms"] <= taken["p95_ms"]
@@ -108,7 +108,7 @@ def test_a_slow_model_is_run_often_enough(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(module.time, "perf_counter", clock)
     found = cost(Spy(), torch.rand(1, 4), device="cpu")
-    assert runs.count(64) == 20 + 5
+    assert runs.count(64) == 20 + 5 + 10
     assert found.latency["64"] == {"p50_ms": 1000.0, "p95_ms": 1000.0}
 
 
@@ -127,3 +127,24 @@ def test_the_file_on_disk_is_its_size(tmp_path: Path) -> None:
 def test_no_example_no_cost() -> None:
     with pytest.raises(UsageError, match="at least one example"):
         cost(nn.Linear(2, 2), torch.rand(0, 2), device="cpu")
+
+
+def test_models_take_turns_so_that_what_slows_one_slows_all() -> None:
+    """Each is called again after each of the others, many times over."""
+    called: list[str] = []
+
+    class Says(torch.nn.Linear):
+        def __init__(self, name: str) -> None:
+            super().__init__(2, 2)
+            self.name = name
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            called.append(self.name)
+            return super().forward(inputs)
+
+    found = costs({name: Says(name) for name in "abc"}, torch.zeros(1, 2))
+    assert list(found) == ["a", "b", "c"]
+    order = "".join(
+        name for name, before in zip(called, [None, *called], strict=False) if name != before
+    )
+    assert order.count("abc") > 20  # ten turns for each of two batch sizes, and the warm-up

@@ -1,6 +1,6 @@
 """Numbers a person can trust: rows, scores, intervals, cost and the verdict."""
 
-from attar.evaluation.cost import Cost, cost, count_macs
+from attar.evaluation.cost import Cost, cost, costs, count_macs
 from attar.evaluation.intervals import (
     Difference,
     Estimate,
@@ -27,6 +27,7 @@ __all__ = [
     "collect",
     "compare",
     "cost",
+    "costs",
     "count_macs",
     "evaluate",
     "judge",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from attar.runtime import UsageError, resolve_device
 BATCHES = (1, 64)
 FILL_SECONDS = 0.3
 WARM_UP = 5
+TURNS = 10
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,27 @@ def cost(
     device: str | torch.device = "auto",
     file: str | Path | None = None,
 ) -> Cost:
-    """Measure what *model* costs on *inputs*.
+    """Measure what *model* costs on *inputs*: ``costs`` of one model."""
+    return costs({"model": model}, inputs, device=device, files={"model": file})["model"]
+
+
+def costs(
+    models: Mapping[str, nn.Module],
+    inputs: Tensor,
+    *,
+    device: str | torch.device = "auto",
+    files: Mapping[str, str | Path | None] | None = None,
+) -> dict[str, Cost]:
+    """Measure what each model costs on *inputs*.
 
     Latency is a forward pass in eval mode without gradients, after a warm-up, repeated until
-    about 0.3 s are filled (20 to 500 times). The model comes back as it was.
+    about 0.3 s are filled (20 to 500 times). The models take turns, so that what else the machine
+    does falls on all of them: two copies of one network get the same time. They come back as they
+    were.
 
     Args:
         inputs: at least one example [n, ...]; repeated to fill a batch.
-        file: the weights on disk, for their true size.
+        files: the weights on disk by name, for their true size.
 
     Raises:
         UsageError: there is no example in *inputs*.
@@ -71,13 +85,23 @@ def cost(
     if inputs.ndim == 0 or len(inputs) == 0:
         raise UsageError("cost needs at least one example: give inputs of shape [n, ...], n >= 1")
     place = resolve_device(device)
-    with evaluating(model, place):
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model, place))
         batches = {size: _filled(inputs, size).to(place) for size in BATCHES}
-        macs = count_macs(model, batches[1])
-        latency = {str(size): _latency(model, batch, place) for size, batch in batches.items()}
-    size = _tensor_bytes(model) if file is None else Path(file).stat().st_size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, macs, size, latency, torch.get_num_threads(), _device_name(place))
+        macs = {name: count_macs(model, batches[1]) for name, model in models.items()}
+        taken = {str(size): _latencies(models, batch, place) for size, batch in batches.items()}
+    return {
+        name: Cost(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=macs[name],
+            bytes=_bytes(model, (files or {}).get(name)),
+            latency={size: found[name] for size, found in taken.items()},
+            threads=torch.get_num_threads(),
+            device=_device_name(place),
+        )
+        for name, model in models.items()
+    }
 
 
 def _filled(inputs: Tensor, size: int) -> Tensor:
@@ -118,7 +142,9 @@ def count_macs(model: nn.Module, inputs: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _tensor_bytes(model: nn.Module) -> int:
+def _bytes(model: nn.Module, file: str | Path | None) -> int:
+    if file is not None:
+        return Path(file).stat().st_size
     seen = {
         (tensor.data_ptr(), tensor.shape): tensor.numel() * tensor.element_size()
         for tensor in model.state_dict().values()
@@ -127,12 +153,26 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def _latency(model: nn.Module, batch: Tensor, device: torch.device) -> dict[str, float]:
+def _latencies(
+    models: Mapping[str, nn.Module], batch: Tensor, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a pass of each model: the median and the 95th percentile over all turns."""
     wait = _synchroniser(device)
-    warm = min(_timed(model, batch, wait) for _ in range(WARM_UP))
-    repeats = min(500, max(20, int(FILL_SECONDS / max(warm, 1e-9))))
-    taken = np.array([_timed(model, batch, wait) for _ in range(repeats)]) * 1000
-    return {"p50_ms": float(np.median(taken)), "p95_ms": float(np.quantile(taken, 0.95))}
+    turn = {}
+    for name, model in models.items():
+        warm = min(_timed(model, batch, wait) for _ in range(WARM_UP))
+        turn[name] = min(500, max(20, int(FILL_SECONDS / max(warm, 1e-9)))) // TURNS
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(TURNS):
+        for name, model in models.items():
+            _timed(model, batch, wait)  # the one before has left the caches full of its weights
+            taken[name] += [_timed(model, batch, wait) for _ in range(turn[name])]
+    return {name: _quantiles(seconds) for name, seconds in taken.items()}
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    found = np.array(seconds) * 1000
+    return {"p50_ms": float(np.median(found)), "p95_ms": float(np.quantile(found, 0.95))}
 
 
 def _timed(model: nn.Module, batch: Tensor, wait: Callable[[], None]) -> float:

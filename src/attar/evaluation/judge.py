@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from attar.evaluation.cost import Cost, cost
+from attar.evaluation.cost import Cost
+from attar.evaluation.cost import costs as measured_costs
 from attar.evaluation.intervals import ALPHA, RESAMPLES, Difference, Estimate, Resampled
 from attar.evaluation.rows import collect
 from attar.evaluation.verdict import Goal, ModelReport, Outcome, Verdict
@@ -248,7 +249,8 @@ def compare(
     costs: dict[str, Cost] = {}
     if measure_cost:
         inputs = source.rows(torch.arange(min(64, len(source))))["inputs"]
-        costs = {roles.get(n, n): cost(m, inputs, device=device) for n, m in models.items()}
+        named_by_role = {roles.get(n, n): m for n, m in models.items()}
+        costs = measured_costs(named_by_role, inputs, device=device)
     return judge(
         task,
         teacher=rows.get(teacher),

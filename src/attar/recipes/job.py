@@ -16,7 +16,7 @@ from attar.data import Source, split
 from attar.evaluation import bootstrap, collect, count_macs
 from attar.models import build, is_foreign, load, load_weights, own_classes, pretrained, read_extra
 from attar.recipes import exports
-from attar.recipes.recipe import Recipe, TeacherPlan
+from attar.recipes.recipe import Recipe, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
 from attar.runtime import DataError, PreflightError, eval_mode
 from attar.tasks import Regression, Task, restore
@@ -56,8 +56,7 @@ class Job:
     @property
     def distils(self) -> bool:
         """Whether a stage asks the teacher; else the student only inherits weights."""
-        verbs = (s.func if isinstance(s, partial) else s for s in self.recipe.stages)
-        return any(verb is distill for verb in verbs)
+        return any(verb(stage) is distill for stage in self.recipe.stages)
 
     @property
     def called(self) -> str:
@@ -305,17 +304,17 @@ def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | Non
     baseline then starts at random, and all of it learns from the first step.
     """
     options = dict(stage.keywords) if isinstance(stage, partial) else {}
-    verb = stage.func if isinstance(stage, partial) else stage
-    if verb not in (distill, train):
-        called = getattr(verb, "__name__", verb)
+    function = verb(stage)
+    if function not in (distill, train):
+        called = getattr(function, "__name__", function)
         raise PreflightError(f"a stage is distill, train or export, not {called}")
     if taken := options.keys() & SUPPLIED["stages"]:
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
-    if verb is distill and not options.get("terms"):
+    if function is distill and not options.get("terms"):
         raise PreflightError("a distill stage has no terms: nothing would be asked of the teacher")
     # A loss with weights of its own starts anew in every seed.
     options["terms"] = [_fresh(term) for term in options.get("terms", ())]
-    if verb is not distill or not with_teacher:
+    if function is not distill or not with_teacher:
         left_out = {"terms", "label_weight"}
         if not with_teacher and not job.distils:
             left_out |= INHERITED

@@ -13,12 +13,12 @@ from torch import nn
 
 import attar
 from attar.data import Source
-from attar.evaluation import Cost, Verdict, collect, cost, judge
+from attar.evaluation import Cost, Verdict, collect, costs, judge
 from attar.evaluation.curves import figures
 from attar.models import save
 from attar.recipes import exports
 from attar.recipes.job import Job, check_floor, check_job, copied, prepare, stage_of
-from attar.recipes.recipe import Loaded, Recipe, load_recipe
+from attar.recipes.recipe import Loaded, Recipe, TeacherPlan, load_recipe
 from attar.recipes.resume import check_resumable
 from attar.reporting import page
 from attar.runtime import (
@@ -342,24 +342,20 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
 def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
     job = desk.job
     inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
-    models = {job.elder: (job.teacher, "teacher")}
+    run, plan = desk.run.folder, job.recipe.teacher
+    loaded = plan.load if isinstance(plan, TeacherPlan) else None
+    models = {job.elder: job.teacher}
+    folders = {job.elder: run / "teacher" if loaded is None else Path(loaded)}
     for name, folder in (("baseline", "baseline"), ("distilled", "student")):
         if arms[name].finals:
-            models[name] = (arms[name].finals[-1].student, folder)
-    files = {
-        name: desk.run.folder / folder / "model.safetensors" for name, (_, folder) in models.items()
-    }
-    measured = {
-        name: cost(
-            model,
-            inputs,
-            device=job.recipe.device,
-            file=files[name] if files[name].is_file() else None,
-        ).to_json()
-        for name, (model, _) in models.items()
-        if desk.ranks.main  # alone, so that no other rank is in the way
-    }
-    return {name: Cost(**found) for name, found in desk.ranks.first(measured).items()}
+            models[name], folders[name] = arms[name].finals[-1].student, run / folder
+    files = {name: folder / "model.safetensors" for name, folder in folders.items()}
+    there = {name: file for name, file in files.items() if file.is_file()}
+    measured: dict[str, Any] = {}
+    if desk.ranks.main:  # alone, so that no other rank is in the way
+        found = costs(models, inputs, device=job.recipe.device, files=there)
+        measured = {name: each.to_json() for name, each in found.items()}
+    return {name: Cost(**each) for name, each in desk.ranks.first(measured).items()}
 
 
 def _score(desk: Desk, model: nn.Module) -> str:
