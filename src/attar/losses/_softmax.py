@@ -25,8 +25,8 @@ def log_probabilities(
     student: Tensor, teacher: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(log q of the student, log p of the teacher, detached), both at the temperature."""
-    log_q = F.log_softmax(tempered(student, temperature), dim=-1)
-    return log_q, F.log_softmax(tempered(teacher.detach(), temperature), dim=-1)
+    log_q = torch.log_softmax(tempered(student, temperature), -1)
+    return log_q, torch.log_softmax(tempered(teacher.detach(), temperature), -1)
 
 
 def divergence(log_q: Tensor, log_p: Tensor, scale: float = 1.0) -> Tensor:
@@ -39,8 +39,7 @@ def weighed(weight: Tensor, gap: Tensor) -> Tensor:
     # Only 0 · inf gives a NaN here. Where there is none, a mask and its backward pass are saved.
     if can_be_asked(weight):
         value = (weight * gap).sum(-1)
-        flat = value.detach().reshape(-1)
-        if not math.isnan(flat.dot(flat).item()):
+        if not math.isnan(value.detach().sum().item()):
             return value
     return (weight * gap.masked_fill(weight == 0, 0.0)).sum(-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ class Objective(Closing, nn.Module):
         self.adapters = nn.ModuleList(bound)
         self._bound = bound
         self.names = [b.name for b in bound] + [LABELS] * (label_weight > 0)
+        self._vectors = [(math.nan, torch.empty(0)) for _ in self.names]
         self._addresses = list(dict.fromkeys(self._wanted()))
         self._outputs = [(a, a.removeprefix("output:")) for a in self._addresses if "output:" in a]
         self._tap = Tap(student, self._addresses, "student")
@@ -123,14 +125,12 @@ class Objective(Closing, nn.Module):
         """The parts of this batch's loss; ``told`` is the teacher's answer."""
         counts = counts or Counts.of(self.task, [batch])
         values, scales, weights = self.values(batch, told or {}, counts, progress)
-        loss = values[0] * (weights[0] * scales[0])
-        for value, weight, scale in zip(values[1:], weights[1:], scales[1:], strict=True):
-            if value.shape != loss.shape:  # values of one shape are added before they are summed
-                loss, value = loss.sum(), value.sum()
-            loss = torch.add(loss, value, alpha=weight * scale)
+        shares = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+        loss = self._shared(0, values[0], shares[0])
+        for index in range(1, len(values)):
+            loss = loss + self._shared(index, values[index], shares[index])
         # Detached, so that the graph is freed as it is differentiated.
-        values = [value.detach() for value in values]
-        return Parts(loss.sum() if loss.ndim else loss, values, scales, self.names)
+        return Parts(loss, [value.detach() for value in values], scales, self.names)
 
     def values(
         self, batch: dict[str, Tensor], told: dict[str, Tensor], counts: Counts, progress: float
@@ -170,6 +170,20 @@ class Objective(Closing, nn.Module):
             scales.append(1 / max(counts.positions, 1))
             weights.append(self.label_weight)
         return values, scales, weights
+
+    def _shared(self, index: int, value: Tensor, share: float) -> Tensor:
+        """A term's part of the loss: the sum of its value, times *share*."""
+        if value.ndim == 0 or torch.compiler.is_compiling():
+            return value.sum() * share
+        # A product with a vector that is kept costs a CPU half of a sum, a factor and their
+        # backward pass.
+        flat = value if value.ndim == 1 else value.reshape(-1)
+        known, vector = self._vectors[index]
+        like = vector.shape == flat.shape and vector.dtype is flat.dtype
+        if known != share or not like or vector.device != flat.device:
+            vector = torch.full_like(flat, share, requires_grad=False)
+            self._vectors[index] = share, vector
+        return flat.dot(vector)
 
     def close(self) -> None:
         """Take the hooks off the student."""
