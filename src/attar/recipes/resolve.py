@@ -49,7 +49,7 @@ class Resolver:
         room = _room(hint)
         if room is not None:
             return self.choice(raw, room, path)
-        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        inner = _unmarked(hint)
         if get_origin(inner) in (Union, types.UnionType):
             return self._union(raw, hint, inner, path)
         if dataclasses.is_dataclass(inner) and isinstance(inner, type):
@@ -132,8 +132,11 @@ class Resolver:
             names = " and ".join(f"'{name}'" for name in missing)
             raise self.fail(path, f"{names} {'is' if len(missing) == 1 else 'are'} missing here")
         self._write_defaults(path, writable, given)
+        moving = supplied == SUPPLIED["losses"]  # any number that a loss takes may be a schedule
         return {
-            name: self.value(raw, hints.get(name, Any), (*path, name))
+            name: self.choice(raw, "schedules", (*path, name))
+            if moving and isinstance(raw, dict) and _takes_numbers([hints.get(name)])
+            else self.value(raw, hints.get(name, Any), (*path, name))
             for name, raw in given.items()
         }
 
@@ -152,8 +155,15 @@ class Resolver:
         if raw is None and type(None) in members:
             return None
         members = [m for m in members if m is not type(None)]
-        # Beside a name or a table, a union's other members are objects that only Python can give.
-        written = [m for m in members if _structured(m)] or members
+        numbers = [m for m in members if _unmarked(m) in (int, float)]
+        if numbers and not isinstance(raw, str | dict):  # a weight, or the name of its schedule
+            return self._leaf(raw, functools.reduce(operator.or_, numbers), path)
+        # What is no name or table is one of the plain members, where there are any; beside a name
+        # or a table, a union's other members are objects that only Python can give.
+        plain = [m for m in members if not _structured(m)]
+        structured = [m for m in members if _structured(m)]
+        written = structured if isinstance(raw, str | dict) or not _takes_numbers(plain) else plain
+        written = written or members
         if len(written) == 1:
             return self.value(raw, written[0], path)
         return self._leaf(raw, functools.reduce(operator.or_, members), path)
@@ -210,9 +220,18 @@ def _item(hint: Any) -> Any:
     return None
 
 
+def _takes_numbers(hints: Sequence[Any]) -> bool:
+    plain = (get_args(hint)[0] if get_origin(hint) is Annotated else hint for hint in hints)
+    return any(hint in (float, int) for hint in plain)
+
+
 def _structured(hint: Any) -> bool:
-    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    inner = _unmarked(hint)
     return _room(hint) is not None or dataclasses.is_dataclass(inner)
+
+
+def _unmarked(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _is_function(hint: Any) -> bool:
@@ -220,7 +239,7 @@ def _is_function(hint: Any) -> bool:
 
 
 def _is_tuple(hint: Any) -> bool:
-    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    inner = _unmarked(hint)
     return get_origin(inner) is tuple
 
 

@@ -21,11 +21,11 @@ Room = dict[str, Callable[..., Any]]
 SUPPLIED: dict[str, frozenset[str]] = {
     "augmentations": frozenset({"batch", "draw"}),
     "losses": frozenset(
-        {"student", "teacher", "labels", "mask", "ids", "offsets", "progress", "self"}
+        {"student", "teacher", "labels", "mask", "ids", "offsets", "progress", "rows", "self"}
     ),
     "models": frozenset({"shape", "outputs", "mean", "std", "labels"}),
     "optimizers": frozenset({"params"}),
-    "projectors": frozenset({"student", "teacher"}),
+    "projectors": frozenset({"student", "teacher", "model"}),
     "readers": frozenset(),
     "schedules": frozenset({"progress"}),
     "stages": frozenset(
@@ -66,7 +66,13 @@ def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
         "projectors": _functions(projectors),
         "readers": _functions(data, returns=data.Splits, keyword_only=True),
         "schedules": {
-            f.__name__: f for f in (optimization.constant, optimization.cosine, optimization.linear)
+            f.__name__: f
+            for f in (
+                optimization.constant,
+                optimization.cosine,
+                optimization.linear,
+                optimization.ramp,
+            )
         },
         "stages": {f.__name__: f for f in (training.distill, training.train, exporting.export)},
         "tasks": {

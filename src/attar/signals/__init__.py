@@ -1,6 +1,7 @@
-"""Signals: the address of a tensor in one pass, and the tap that reads it."""
+"""Signals: the address of a tensor in one pass, and what hears it."""
 
-from attar.signals.address import Address, module_at, parse
+from attar.signals.address import Address, module_at, parameters_at, parse
+from attar.signals.hearing import Hearing, Signal
 from attar.signals.tap import Tap
 
-__all__ = ["Address", "Tap", "module_at", "parse"]
+__all__ = ["Address", "Hearing", "Signal", "Tap", "module_at", "parameters_at", "parse"]

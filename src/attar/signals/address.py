@@ -2,6 +2,10 @@
 
 ``output:NAME``, ``feature:PATH`` (what a module returns), ``input:PATH`` (what it is given),
 each with ``@K`` for its K-th call in the pass and ``[KEY]`` for one part of a tuple or mapping.
+``param:PATH`` is a parameter itself, or with ``*`` a tuple of all that match. ``grad:OF/WRT`` is
+the gradient of OF (the task's ``loss``, the logit of the teacher's ``top`` class, or ``probe``, the
+output along a random unit vector, the same for both) with respect to WRT: ``inputs``,
+``embeddings``, or what the module of that path returns.
 On the teacher's side ``self:ADDRESS`` is the student's own signal of the same pass, detached.
 """
 
@@ -9,12 +13,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from attar.runtime import UsageError, suggest
 
-KINDS = ("output", "feature", "input")
+KINDS = ("output", "feature", "input", "param", "grad")
+OF = ("loss", "top", "probe")
+INPUTS, EMBEDDINGS = "inputs", "embeddings"
 _FORM = re.compile(
     r"(?P<own>self:)?(?P<kind>\w+):(?P<path>[^@\[\]]*)(@(?P<call>\d+))?(\[(?P<key>[^\]]+)\])?"
 )
@@ -49,6 +56,8 @@ call=1, key=0, own=False)
         raise UsageError(
             f"'{text}': there is no kind of signal '{form['kind']}'; {suggest(form['kind'], KINDS)}"
         )
+    if form["kind"] == "grad":
+        _check_gradient(text, form["path"])
     key = form["key"]
     return Address(
         text,
@@ -60,16 +69,43 @@ call=1, key=0, own=False)
     )
 
 
+def _check_gradient(text: str, path: str) -> None:
+    of, slash, wrt = path.partition("/")
+    if of not in OF or not (slash and wrt):
+        raise UsageError(
+            f"'{text}': write grad:OF/WRT, with OF one of {', '.join(OF)} and WRT inputs, "
+            "embeddings or the path of a module, such as grad:probe/inputs"
+        )
+
+
 def module_at(model: nn.Module, address: Address, whose: str = "model") -> nn.Module:
     """The submodule that an address names; a mistyped path lists the nearest names."""
+    path = address.path.partition("/")[2] if address.kind == "grad" else address.path
     try:
-        return model.get_submodule(address.path)
+        return model.get_submodule(path)
     except AttributeError:
         names = [name for name, _ in model.named_modules() if name]
-        said = suggest(address.path, names)
+        said = suggest(path, names)
         if said.startswith("choose"):  # nothing is near: the parts one level down say most
             said = suggest("", [name for name, _ in model.named_children()])
         hint = " (a term without teacher: takes the student's address)" * (whose == "teacher")
         raise UsageError(
-            f"'{address.text}': the {whose} has no module '{address.path}'; {said}{hint}"
+            f"'{address.text}': the {whose} has no module '{path}'; {said}{hint}"
         ) from None
+
+
+def parameters_at(
+    model: nn.Module, address: Address, whose: str = "model"
+) -> Tensor | tuple[Tensor, ...]:
+    """The parameter that an address names; a tuple, in the model's order, of those of a pattern."""
+    named = dict(model.named_parameters())
+    if "*" in address.path:
+        found = tuple(p for name, p in named.items() if fnmatchcase(name, address.path))
+        if found:
+            return found
+    elif address.path in named:
+        return named[address.path]
+    raise UsageError(
+        f"'{address.text}': the {whose} has no parameter '{address.path}'; "
+        f"{suggest(address.path, named)}"
+    )

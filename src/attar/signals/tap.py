@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,9 +17,9 @@ class Tap(Closing):
     """Listens to the features and inputs that *addresses* name while ``tap(forward)`` runs.
 
     Hooks stand from ``open`` to ``close`` and hear nothing outside their own call, so a pass of
-    the same model elsewhere costs one test of a flag. An ``output:`` address needs no hook and
-    is left to the task. A module that is called twice, or returns several parts, must be
-    addressed as ``PATH@K`` or ``PATH[KEY]``: to take one silently would be a wrong result.
+    the same model elsewhere costs one test of a flag. A module that is called twice, or returns
+    several parts, must be addressed as ``PATH@K`` or ``PATH[KEY]``, and what is changed in place
+    after it was heard is refused: to take one silently would be a wrong result.
 
     Example:
         >>> import torch
@@ -31,11 +32,12 @@ class Tap(Closing):
 
     def __init__(self, model: nn.Module, addresses: Sequence[str], whose: str = "model") -> None:
         self._whose = whose
-        self._addresses = [a for a in map(parse, addresses) if a.kind != "output"]
+        self._addresses = [parse(address) for address in addresses]
         self._modules = {(a.kind, a.path): module_at(model, a, whose) for a in self._addresses}
         self._heard: dict[tuple[str, str], list[Any]] = {}
         self._handles: list[RemovableHandle] = []
         self._listening = False
+        self._versions: list[tuple[Tensor, int, str]] | None = []  # of the first pass alone
 
     def open(self) -> Self:
         """Place the hooks; once a stage, before the model is compiled."""
@@ -64,6 +66,8 @@ class Tap(Closing):
             out = forward(*args)
         finally:
             self._listening = False
+        if self._versions is not None:
+            self._check_in_place()
         heard = {a.text: self._pick(a, self._heard[a.kind, a.path]) for a in self._addresses}
         for calls in self._heard.values():
             calls.clear()
@@ -75,6 +79,8 @@ class Tap(Closing):
         def hear_output(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._listening:
                 calls.append(output)
+                if not torch.compiler.is_compiling():
+                    self._note(output, path)
 
         def hear_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._listening:
@@ -83,6 +89,22 @@ class Tap(Closing):
         if kind == "feature":
             return module.register_forward_hook(hear_output)
         return module.register_forward_pre_hook(hear_input, with_kwargs=True)
+
+    def _note(self, output: Any, path: str) -> None:
+        if self._versions is None or not isinstance(output, Tensor) or output.is_inference():
+            return
+        self._versions.append((output, output._version, path))
+
+    def _check_in_place(self) -> None:
+        """A tensor that another module overwrites is no longer what its own module returned."""
+        noted, self._versions = self._versions or [], None
+        for tensor, version, path in noted:
+            if tensor._version != version:
+                raise PreflightError(
+                    f"'feature:{path}': the {self._whose} changes that in place after '{path}' "
+                    "returns it (such as ReLU(inplace=True)); name the module that changes it, or "
+                    "build it without inplace"
+                )
 
     def _pick(self, address: Address, calls: list[Any]) -> Tensor:
         where = f"'{address.text}': the {self._whose}'s module '{address.path}'"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.runtime import PreflightError, autocast, modes_of, restore_modes
-from attar.signals import Tap
+from attar.signals import Hearing
 from attar.tasks import Task
 
 
@@ -31,22 +31,18 @@ class Teacher:
         self.model = model
         self.task = task
         self.precision = precision
-        self._tap: Tap | None = None
-        self._outputs: list[tuple[str, str]] = []
+        self._hearing: Hearing | None = None
         self._modes = modes_of(model)
         self._found: dict[str, int] = {}
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def open(self, addresses: Sequence[str] = (), device: torch.device | None = None) -> Self:
         """Make ready to answer *addresses* (none = the task's main output)."""
-        if self._tap is not None:
+        if self._hearing is not None:
             self.close()
-        wanted = list(dict.fromkeys(addresses)) or [f"output:{self.task.outputs[0]}"]
-        self._outputs = [
-            (text, text.removeprefix("output:")) for text in wanted if text.startswith("output:")
-        ]
+        wanted = addresses or [f"output:{self.task.outputs[0]}"]
         self._modes = modes_of(self.model)
-        self._tap = Tap(self.model, wanted, "teacher").open()
+        self._hearing = Hearing(self.model, self.task, wanted, "teacher").open()
         self.model.eval()
         if device is not None:
             self.model.to(device)
@@ -56,17 +52,13 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The signals of this batch, detached."""
-        if self._tap is None:
+        if self._hearing is None:
             self.open()
-        assert self._tap is not None
+        assert self._hearing is not None
         if self.precision is None:
-            out, told = self._tap(self.task.forward, self.model, batch)
-        else:
-            with autocast(batch["inputs"].device, self.precision):
-                out, told = self._tap(self.task.forward, self.model, batch)
-        for address, name in self._outputs:
-            told[address] = self.task.output(out, name)
-        return told
+            return self._hearing(batch, keep=False)[1]
+        with autocast(batch["inputs"].device, self.precision):
+            return self._hearing(batch, keep=False)[1]
 
     def check(self) -> None:
         """Refuse a teacher that was switched to training or whose weights have moved."""
@@ -81,10 +73,10 @@ class Teacher:
 
     def close(self) -> None:
         """Take the hooks away and put modes and device back."""
-        if self._tap is None:
+        if self._hearing is None:
             return
-        self._tap.close()
-        self._tap = None
+        self._hearing.close()
+        self._hearing = None
         restore_modes(self._modes)
         self.model.to(self._device)
 

@@ -12,8 +12,10 @@ from attar.training.optimization import (
     constant,
     cosine,
     linear,
+    ramp,
     sgd,
 )
+from attar.training.peers import mutual
 from attar.training.plan import Plan
 from attar.training.preflight import StagePlan
 from attar.training.term import Term
@@ -40,6 +42,8 @@ __all__ = [
     "distill",
     "fit",
     "linear",
+    "mutual",
+    "ramp",
     "sgd",
     "train",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -254,6 +255,9 @@ def teacher_digest(teacher: Any) -> str | None:
         return None
     if hasattr(teacher, "fingerprint"):
         return teacher.fingerprint()
+    if hasattr(teacher, "members"):
+        known = [teacher.settings(), *(teacher_digest(member) for member in teacher.members)]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
     model = getattr(teacher, "model", None)
     if not isinstance(model, nn.Module):
         return type(teacher).__name__

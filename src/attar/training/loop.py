@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from attar.runtime import DivergedError, Ranks, Wrap, eval_mode, to_device
@@ -82,7 +82,8 @@ class Loop:
         self.wrap = wrap
         self.device = device
         self.tuning = tuning = Tuning.of(objective.student, plan, inherited)
-        self.optimizer = make_optimizer(plan.optimizer, objective, tuning.places, tuning.anchored)
+        held = {*tuning.anchored, *objective.matched}  # a term pulls them, and decay must not
+        self.optimizer = make_optimizer(plan.optimizer, objective, tuning.places, held)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.average = Average(objective.student, plan.average) if plan.average else None
         self.scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
@@ -95,6 +96,9 @@ class Loop:
         self._statistics: list[Tensor] = []
         self.record = Record(objective.names)
         self.keeper: Keeper | None = None
+        if hasattr(teacher, "begin"):
+            teacher.begin(objective.student)
+        self._follow: Callable[[nn.Module], None] | None = getattr(teacher, "follow", None)
 
     def epoch(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take the steps of the epoch that are not taken yet."""
@@ -125,12 +129,16 @@ class Loop:
         wishes = () if self.keeper is None else self.keeper.wishes()
         positions, examples, *self._agreed = self.ranks.total((*own, *wishes))
         counts = Counts(positions, examples)
+        if self.plan.log_gradients:
+            self.objective.watching = (self.done + 1) % self.plan.log_every == 0
         loss = 0.0
         for index, batch in enumerate(window, start=1):
             with self.wrap.micro(index == len(window)):
                 loss += self._backward(to_device(batch, self.device), counts, progress)
         loss = self._guarded(window, loss, counts, progress)
         self.wrap.settle(own.examples, counts.examples)
+        if self._follow is not None and self.skipped == 0:
+            self._follow(self.objective.student)
         if self._log is not None:
             self.record.step(loss)
         for parameter in self.parameters:
@@ -151,6 +159,8 @@ class Loop:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self._log is not None and "idle" not in batch:
             self.record.add(parts.values, parts.scales)
+            if parts.gradients is not None:
+                self.record.gradients = parts.gradients
         return loss.item()
 
     def _guarded(self, window: Window, loss: float, counts: Counts, progress: float) -> float:

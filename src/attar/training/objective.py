@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attar.runtime import Closing, PreflightError, autocast, eval_mode
-from attar.signals import Tap
+from attar.runtime import Closing, PreflightError, autocast, eval_mode, gradient_norm
+from attar.signals import Hearing
 from attar.tasks import Task
-from attar.training.term import BoundTerm, Term, loss_name
+from attar.training.term import BoundTerm, Term, each, loss_name
 
 LABELS = "labels"
 
@@ -38,12 +38,17 @@ class Counts(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What an objective gives: the loss to differentiate, and each term's own value, detached."""
+    """What an objective gives: the loss to differentiate, and each term's own value, detached.
+
+    ``gradients`` are the norms of the gradients that the weighted terms give the student, where
+    ``objective.watching`` asks for them.
+    """
 
     loss: Tensor
     values: list[Tensor]
     scales: list[float]
     names: list[str]
+    gradients: dict[str, float] | None = None
 
     @property
     def terms(self) -> dict[str, Tensor]:
@@ -70,7 +75,9 @@ class Objective(Closing, nn.Module):
         task: what a batch means.
         terms: what to match.
         label_weight: weight of the task's own loss on the labels.
-        example: ``(batch, told)`` from which projectors are sized.
+        example: ``(batch, told)`` from which projectors, and losses with a state, are built.
+        model: the teacher's module, for a projector that holds a frozen part of it.
+        rows: how many rows there are to learn from, for a loss that remembers them.
         precision: autocast dtype of the student's pass; losses are in float32 whatever it is.
     """
 
@@ -81,7 +88,9 @@ class Objective(Closing, nn.Module):
         terms: Sequence[Term] = (),
         *,
         label_weight: float = 0.1,
-        example: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+        example: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+        model: nn.Module | None = None,
+        rows: int | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -100,15 +109,19 @@ class Objective(Closing, nn.Module):
         self._bound = bound
         self.names = [b.name for b in bound] + [LABELS] * (label_weight > 0)
         self._vectors = [(math.nan, torch.empty(0)) for _ in self.names]
-        self._addresses = list(dict.fromkeys(self._wanted()))
-        self._outputs = [(a, a.removeprefix("output:")) for a in self._addresses if "output:" in a]
-        self._tap = Tap(student, self._addresses, "student")
-        self._tap.open()
+        self.watching = False
+        self._hearing = Hearing(student, task, self._wanted(), "student").open()
         try:
-            self._size_projectors(terms, example)
+            self._build(terms, example, {"model": model, "rows": rows})
         except BaseException:
             self.close()
             raise
+
+    @property
+    def matched(self) -> set[Tensor]:
+        """The parameters that terms pull to the teacher's, and that weight decay must not pull."""
+        found = self._hearing.parameters.values()
+        return {p for s in found for p in (s if isinstance(s, tuple) else (s,))}
 
     @property
     def bound(self) -> Sequence[BoundTerm]:
@@ -118,7 +131,7 @@ class Objective(Closing, nn.Module):
     def forward(
         self,
         batch: dict[str, Tensor],
-        told: dict[str, Tensor] | None = None,
+        told: dict[str, Any] | None = None,
         counts: Counts | None = None,
         progress: float = 0.0,
     ) -> Parts:
@@ -129,14 +142,15 @@ class Objective(Closing, nn.Module):
         loss = self._shared(0, values[0], shares[0])
         for index in range(1, len(values)):
             loss = loss + self._shared(index, values[index], shares[index])
+        gradients = self._gradients(values, shares) if self.watching else None
         # Detached, so that the graph is freed as it is differentiated.
-        return Parts(loss, [value.detach() for value in values], scales, self.names)
+        return Parts(loss, [value.detach() for value in values], scales, self.names, gradients)
 
     def values(
-        self, batch: dict[str, Tensor], told: dict[str, Tensor], counts: Counts, progress: float
+        self, batch: dict[str, Tensor], told: dict[str, Any], counts: Counts, progress: float
     ) -> tuple[list[Tensor], list[float], list[float]]:
         """Each term's own value, the factor that makes it this batch's share, its weight."""
-        out, heard = self._hear(batch)
+        out, heard = self._hear(batch, told)
         kind = batch["inputs"].device.type
         if torch.is_autocast_enabled(kind):
             # Losses choose their own precision; an autocast around the caller's loop must not.
@@ -147,9 +161,9 @@ class Objective(Closing, nn.Module):
     def _compare(
         self,
         out: Any,
-        heard: dict[str, Tensor],
+        heard: dict[str, Any],
         batch: dict[str, Tensor],
-        told: dict[str, Tensor],
+        told: dict[str, Any],
         counts: Counts,
         progress: float,
     ) -> tuple[list[Tensor], list[float], list[float]]:
@@ -185,45 +199,62 @@ class Objective(Closing, nn.Module):
             self._vectors[index] = share, vector
         return flat.dot(vector)
 
+    def _gradients(self, values: list[Tensor], shares: list[float]) -> dict[str, float]:
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        norms = (gradient_of(v, s, trained) for v, s in zip(values, shares, strict=True))
+        return dict(zip(self.names, norms, strict=True))
+
     def close(self) -> None:
         """Take the hooks off the student."""
-        self._tap.close()
+        self._hearing.close()
 
-    def signals(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def signals(
+        self, batch: dict[str, Tensor], told: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The student's signals of this batch by address, before any projector."""
-        return self._hear(batch)[1]
+        return self._hear(batch, told)[1]
 
     def _wanted(self) -> list[str]:
-        asked = [b.student for b in self._bound]
-        return asked + [b.target for b in self._bound if b.own]
+        asked = [a for b in self._bound for a in each(b.student)]
+        return asked + [a for b in self._bound if b.own for a in each(b.target) if a]
 
-    def _hear(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def _hear(
+        self, batch: dict[str, Tensor], told: dict[str, Any] | None
+    ) -> tuple[Any, dict[str, Any]]:
         if self.precision is None:
-            out, heard = self._tap(self.task.forward, self.student, batch)
-        else:
-            with autocast(batch["inputs"].device, self.precision):
-                out, heard = self._tap(self.task.forward, self.student, batch)
-        for address, name in self._outputs:
-            heard[address] = self.task.output(out, name)
-        return out, heard
+            return self._hearing(batch, told)
+        with autocast(batch["inputs"].device, self.precision):
+            return self._hearing(batch, told)
 
     @torch.no_grad()
-    def _size_projectors(self, terms: Sequence[Term], example: Any) -> None:
-        wanted = [(b, t.projector) for b, t in zip(self._bound, terms, strict=True) if t.projector]
+    def _build(self, terms: Sequence[Term], example: Any, extra: dict[str, Any]) -> None:
+        wanted = [
+            (bound, term)
+            for bound, term in zip(self._bound, terms, strict=True)
+            if bound.unbuilt or term.projector or term.teacher_projector
+        ]
         if not wanted:
             return
         if example is None:
             raise PreflightError(
-                "a projector is sized from example signals: give Objective(..., "
-                "example=(batch, told)), or use attar.distill, which does"
+                "projectors and losses with a state are sized from example signals: give "
+                "Objective(..., example=(batch, told)), or use attar.distill, which does"
             )
         batch, told = example
         # In eval mode, so that sizing a projector does not move the student's batch statistics.
         with eval_mode(self.student):
-            heard = self.signals(batch)
-        for bound, make in wanted:
-            goal = (heard if bound.own else told)[bound.target]
-            bound.projector = make(heard[bound.student], goal).to(batch["inputs"].device)
+            heard = self.signals(batch, told)
+        for bound, term in wanted:
+            bound.build(term, heard, told, extra)
+            bound.to(batch["inputs"].device)
+
+
+def gradient_of(value: Tensor, share: float, trained: Sequence[nn.Parameter]) -> float:
+    """Norm of the gradient of a term's value times its share; the graph is kept."""
+    if not value.requires_grad or not share:
+        return 0.0
+    grads = torch.autograd.grad(value.sum(), trained, retain_graph=True, allow_unused=True)
+    return share * gradient_norm([grad for grad in grads if grad is not None])
 
 
 def _names(terms: Sequence[Term], main: str) -> list[str]:
@@ -231,7 +262,7 @@ def _names(terms: Sequence[Term], main: str) -> list[str]:
     for term in terms:
         name = loss_name(term.loss)
         if term.student not in (None, main):
-            name = f"{name}({term.student})"
+            name = f"{name}({', '.join(each(term.student))})"
         count = sum(n.split(" #")[0] == name for n in names)
         names.append(f"{name} #{count + 1}" if count else name)
     return names

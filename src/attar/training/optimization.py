@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -90,6 +90,31 @@ def cosine(
     """
     wave = (1 + math.cos(math.pi * _decayed(progress, warmup))) / 2
     return _warmed(progress, warmup) * (final + (1 - final) * wave)
+
+
+def ramp(
+    progress: float,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    after: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+    until: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """From *start* to *end* between two shares of all steps, straight or as half a cosine.
+
+    For the weight of a term or an option of its loss: a warm-up of a weight is
+    ``ramp(end=0.9, until=0.1)``, a temperature that falls is ``ramp(start=8, end=2)``.
+
+    >>> [ramp(p, start=8.0, end=2.0, after=0.5) for p in (0.0, 0.5, 0.75, 1.0)]
+    [8.0, 8.0, 5.0, 2.0]
+    """
+    if until <= after:
+        raise UsageError(f"ramp goes from after: {after} until: {until}; until must be later")
+    share = min(1.0, max(0.0, (progress - after) / (until - after)))
+    if shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return start + (end - start) * share
 
 
 def _warmed(progress: float, warmup: float) -> float:

@@ -47,6 +47,8 @@ class Plan:
         recompute: keep no activations inside the student's blocks, and compute them again in the
             backward pass: less memory, about a third more time.
         log_every: steps between two records of the training loss.
+        log_gradients: beside each record the norm of the gradient that each weighted term gives
+            the student, of the step's last batch; a backward pass a term. One process alone.
         checkpoint_every: steps between two checkpoints of a run; by the clock when left out,
             about one a minute.
     """
@@ -72,6 +74,7 @@ class Plan:
     compile: bool = False
     recompute: bool = False
     log_every: Annotated[int, Ge(1)] = 50
+    log_gradients: bool = False
     checkpoint_every: Annotated[int, Ge(1)] | None = None
 
 

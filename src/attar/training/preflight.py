@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attar.runtime import AttarError, PreflightError, eval_mode, first_line, modes_of, restore_modes
+from attar.runtime import (
+    AttarError,
+    PreflightError,
+    eval_mode,
+    first_line,
+    modes_of,
+    restore_modes,
+)
 from attar.tasks import Task
 from attar.training.objective import Counts, Objective
 from attar.training.plan import Plan
-from attar.training.term import BoundTerm
+from attar.training.term import BoundTerm, each, takes_tuples
 
 # Adam's two moments beside the weights: what a checkpoint of a stage will hold at most.
 STATE_COPIES = 3
+
+
+HALF_WAY = 0.5
+
+# A term that pulls this much harder than another drowns it.
+LOPSIDED = 100
+
+Shape = list[int] | list[list[int]]  # of one signal, or of several
 
 
 @dataclass(frozen=True)
@@ -27,16 +42,20 @@ class TermShapes:
 
     name: str
     student: str
-    student_shape: list[int]
+    student_shape: Shape
     teacher: str | None
-    teacher_shape: list[int] | None
+    teacher_shape: Shape | None
     projector: str | None
     value: float
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage is going to do; ``attar check`` prints it."""
+    """What a stage is going to do; ``attar check`` prints it.
+
+    ``gradients`` are the norms of the gradients that the weighted terms and the labels give the
+    student on the first batch, in eval mode, with schedules at half way.
+    """
 
     examples: int
     batch_size: int
@@ -47,6 +66,22 @@ class StagePlan:
     projector_parameters: int
     checkpoint_bytes: int
     terms: list[TermShapes]
+    gradients: dict[str, float]
+
+    @property
+    def lopsided(self) -> str | None:
+        """What to say where one term pulls 100 times as hard as another."""
+        pulls = {name: norm for name, norm in self.gradients.items() if norm > 0}
+        if not pulls:
+            return None
+        strong, weak = max(pulls, key=pulls.__getitem__), min(pulls, key=pulls.__getitem__)
+        ratio = pulls[strong] / pulls[weak]
+        if ratio < LOPSIDED:
+            return None
+        return (
+            f"'{strong}' pulls {ratio:,.0f} times as hard as '{weak}' (norms of their weighted "
+            "gradients on the first batch): the weaker will hardly be learnt; change their weights"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -88,13 +123,23 @@ def check_labels(task: Task, batch: dict[str, Tensor], objective: Objective) -> 
 
 
 def dry_pass(
-    objective: Objective, batch: dict[str, Tensor], told: dict[str, Tensor]
+    objective: Objective, batch: dict[str, Tensor], told: dict[str, Any]
 ) -> list[TermShapes]:
     """One batch in eval mode: every term must have a value, a gradient and shapes that agree."""
     with eval_mode(objective):
-        heard = objective.signals(batch)
+        heard = objective.signals(batch, told)
         _dry_labels(objective, batch)
         return [_dry_term(objective, term, heard, told, batch) for term in objective.bound]
+
+
+def pulls(objective: Objective, batch: dict[str, Tensor], told: dict[str, Any]) -> dict[str, float]:
+    """Norm of the gradient that each weighted term, and the labels, give the student."""
+    with eval_mode(objective):
+        objective.watching = True
+        try:
+            return objective(batch, told, progress=HALF_WAY).gradients or {}
+        finally:
+            objective.watching = False
 
 
 def _dry_labels(objective: Objective, batch: dict[str, Tensor]) -> None:
@@ -152,34 +197,65 @@ def check_smallest_batch(
 def _dry_term(
     objective: Objective,
     term: BoundTerm,
-    heard: dict[str, Tensor],
-    told: dict[str, Tensor],
+    heard: dict[str, Any],
+    told: dict[str, Any],
     batch: dict[str, Tensor],
 ) -> TermShapes:
-    student = heard[term.student]
-    target = None if term.teacher is None else (heard if term.own else told)[term.target]
+    student = _signals(heard, each(term.student))
+    target = _signals(heard if term.own else told, each(term.target)) if term.teacher else []
+    _check_signals(term, student)
     try:
-        value = term.value(heard, told, batch, objective.task.mask(batch), 0.0)
+        mask = objective.task.mask(batch)
+        value = term.value(heard, told, batch, mask, 0.0)
+        for progress in (0.5, 1.0) if term.scheduled else ():
+            term.value(heard, told, batch, mask, progress)
     except AttarError:
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        inner = term.student.startswith(("feature:", "input:"))
-        hint = "; add projector: linear" if inner and not term.projector else ""
         raise PreflightError(
-            f"the term '{term.name}' cannot compare the student's {term.student} "
-            f"{_shape(student)} with the teacher's {term.teacher} {_shape(target)}: "
-            f"{first_line(error).rstrip('.')}{hint}"
+            f"the term '{term.name}' cannot compare the student's {_listed(term.student)} "
+            f"{_shape(student)} with the teacher's {_listed(term.teacher)} {_shape(target)}: "
+            f"{first_line(error).rstrip('.')}{_hint(term)}"
         ) from error
     _check_value(objective, term, value, batch)
     return TermShapes(
         name=term.name,
-        student=term.student,
-        student_shape=list(student.shape),
-        teacher=term.teacher,
-        teacher_shape=None if target is None else list(target.shape),
+        student=_listed(term.student),
+        student_shape=_shape(student),
+        teacher=None if term.teacher is None else _listed(term.teacher),
+        teacher_shape=_shape(target) if target else None,
         projector=None if term.projector is None else _describe(term.projector),
         value=float(value.detach().mean()),
     )
+
+
+def _signals(signals: dict[str, Any], addresses: Sequence[str]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for address in addresses:
+        signal = signals[address]
+        found += signal if isinstance(signal, tuple) else [signal]
+    return found
+
+
+def _check_signals(term: BoundTerm, student: list[Tensor]) -> None:
+    # The value alone would not show it: a projector behind a detached signal is trained too.
+    for signal, address in zip(student, each(term.student), strict=False):
+        if not signal.requires_grad:
+            raise PreflightError(
+                f"the term '{term.name}' carries no gradient to the student: its signal {address} "
+                "is detached (as reentrant checkpointing leaves it), or every parameter before it "
+                "is frozen"
+            )
+    if len(student) > 1 and term.projector is None and not takes_tuples(term.loss):
+        raise PreflightError(
+            f"the loss '{term.name}' compares one signal, and is given {len(student)}; make it "
+            "a term for each"
+        )
+
+
+def _hint(term: BoundTerm) -> str:
+    inner = all(a.startswith(("feature:", "input:")) for a in each(term.student))
+    return "; add projector: linear" if inner and not term.projector else ""
 
 
 def _check_value(
@@ -194,13 +270,17 @@ def _check_value(
         )
     if not value.requires_grad:
         raise PreflightError(
-            f"the term '{term.name}' carries no gradient to the student: its signal "
-            f"{term.student} is detached, or every parameter before it is frozen"
+            f"the term '{term.name}' carries no gradient to the student: its loss detaches it"
         )
 
 
 def plan_stage(
-    objective: Objective, teacher: Any, data: Any, plan: Plan, terms: list[TermShapes]
+    objective: Objective,
+    teacher: Any,
+    data: Any,
+    plan: Plan,
+    terms: list[TermShapes],
+    gradients: dict[str, float],
 ) -> StagePlan:
     """Put the numbers of a stage together."""
     student = objective.student
@@ -220,6 +300,7 @@ def plan_stage(
         checkpoint_bytes=STATE_COPIES
         * sum(t.numel() * t.element_size() for t in objective.state_dict().values()),
         terms=terms,
+        gradients=gradients,
     )
 
 
@@ -228,5 +309,10 @@ def _describe(projector: nn.Module) -> str:
     return f"{str(projector).splitlines()[0]}, {parameters:,} parameters"
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "" if tensor is None else str(list(tensor.shape))
+def _shape(signals: list[Tensor]) -> Any:
+    shapes = [list(signal.shape) for signal in signals]
+    return shapes[0] if len(shapes) == 1 else shapes or ""
+
+
+def _listed(addresses: str | tuple[str, ...] | None) -> str:
+    return ", ".join(each(addresses))

@@ -22,6 +22,7 @@ class Record:
         self._names = names
         self._loss = 0.0
         self.since = 0
+        self.gradients: dict[str, float] | None = None  # the norms last seen
         self._places: list[list[Tensor]] = []
         self._scales: list[list[float]] = []
 
@@ -58,6 +59,8 @@ class Record:
             "terms": {name: total / steps for name, total in totals},
             "lr": rate,
         }
+        if self.gradients is not None:
+            record["gradients"], self.gradients = self.gradients, None
         self.since, self._loss = step, 0.0
         self._scales.clear()
         return record

@@ -38,8 +38,9 @@ from attar.training.preflight import (
     check_smallest_batch,
     dry_pass,
     plan_stage,
+    pulls,
 )
-from attar.training.term import Term, asked_of_teacher
+from attar.training.term import Term, asked_of_teacher, each
 from attar.training.tuning import freezing
 
 RANK_STRIDE = 0x9E3779B97F4A7C15  # keeps the seeds of ranks apart from those of runs
@@ -116,6 +117,7 @@ def _prepared(
     dtype = resolve_precision(plan.precision, device)
     if plan.compile:
         _check_compile(device)
+    _check_signals(terms, plan, dtype, ranks)
     asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
     if asked and teacher is None:
         raise PreflightError(f"the terms ask a teacher for {asked[0]}, but there is no teacher")
@@ -140,14 +142,17 @@ def _prepared(
                 terms,
                 label_weight=label_weight,
                 example=(batch, told := _told(teacher, asked, batch)),
+                model=getattr(teacher, "model", None),
+                rows=len(data),
                 precision=dtype,
             ).to(device) as objective:
                 check_labels(task, batch, objective)
-                make_optimizer(plan.optimizer, objective)
+                make_optimizer(plan.optimizer, objective)  # refuses options that do not fit
                 frozen = [*on_purpose, *still]
                 check_smallest_batch(student, frozen, task, batch, len(data), plan, ranks.world)
                 shapes = dry_pass(objective, batch, told)
-                stage = plan_stage(objective, teacher, data, plan, shapes)
+                gradients = pulls(objective, batch, told)
+                stage = plan_stage(objective, teacher, data, plan, shapes, gradients)
                 example = batch, told
                 yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
         finally:
@@ -161,6 +166,28 @@ def _check_compile(device: torch.device) -> None:
             "compile is for accelerators: on a CPU it was measured to gain nothing, and torch's "
             "compiler can end the process there; leave compile out"
         )
+
+
+def _check_signals(
+    terms: Sequence[Term], plan: Plan, dtype: torch.dtype | None, ranks: Ranks
+) -> None:
+    """Refuse the ways of running in which a gradient or a parameter is no whole signal."""
+    asked = [a.removeprefix("self:") for t in terms for a in (*each(t.student), *each(t.teacher))]
+    gradient = next((a for a in asked if a.startswith("grad:")), None)
+    whole = gradient or next((a for a in asked if a.startswith("param:")), None)
+    if plan.log_gradients and (ranks.world > 1 or plan.compile):
+        raise PreflightError(
+            "log_gradients is for one process that is not compiled: each rank has but a part of a "
+            "term's gradient; leave it out"
+        )
+    if gradient and plan.compile:
+        raise PreflightError(
+            f"{gradient}: compiled code is not differentiated twice; leave compile out"
+        )
+    if gradient and dtype is torch.float16:
+        raise PreflightError(f"{gradient}: gradients underflow in fp16; use bf16 or float32")
+    if whole and ranks.world > 1 and plan.parallel == "fsdp":
+        raise PreflightError(f"{whole}: fsdp holds a part of each parameter on a rank; use ddp")
 
 
 def _as_teacher(teacher: Any, task: Task) -> Any:

@@ -6,16 +6,21 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
+import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from attar.losses.types import Loss
 from attar.models.types import Projector
 from attar.runtime import UsageError
+from attar.training.optimization import Schedule
 
 SUPPLIED = ("teacher", "labels", "mask", "ids", "offsets", "progress")
+
+Addresses = str | tuple[str, ...]
+Signal = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,24 @@ class Term:
     """Match a signal of the student to one of the teacher.
 
     Args:
-        loss: a function of ``attar.losses``, or one like it; options by ``functools.partial``.
-        student: address of the student's signal; the task's main output when left out.
+        loss: a function of ``attar.losses``, or one like it; options by ``functools.partial``. An
+            option that is a function of progress (0 to 1) is a schedule of that option. A function
+            that returns a module (a loss with weights or a memory) is called once, with example
+            signals.
+        student: address of the student's signal; the task's main output when left out. Several
+            addresses give the loss a tuple.
         teacher: address of the teacher's signal; the student's address when left out.
-        weight: factor of the term, or a function of progress (0 to 1) that gives it.
+        weight: factor of the term, or a function of progress that gives it.
         projector: builds a small trained adapter on the student's side from example signals.
+        teacher_projector: builds a fixed map on the teacher's side, which must train nothing.
     """
 
     loss: Loss
-    student: str | None = None
-    teacher: str | None = None
-    weight: Annotated[float, Ge(0)] | Callable[[float], float] = 1.0
+    student: str | Sequence[str] | None = None
+    teacher: str | Sequence[str] | None = None
+    weight: Annotated[float, Ge(0)] | Schedule = 1.0
     projector: Projector | None = None
+    teacher_projector: Projector | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -43,12 +54,14 @@ class Term:
             )
         if not callable(self.weight) and not self.weight >= 0:
             raise UsageError(f"a term's weight is {self.weight}; it must be 0 or more")
+        for side in ("student", "teacher"):
+            if isinstance(given := getattr(self, side), list):
+                object.__setattr__(self, side, tuple(given))
 
 
 def loss_name(loss: Callable[..., Any]) -> str:
     """The name a loss goes by in logs and messages."""
-    while isinstance(loss, partial):
-        loss = loss.func
+    loss = _function(loss)
     return getattr(loss, "__name__", type(loss).__name__)
 
 
@@ -60,64 +73,218 @@ def supplied(loss: Callable[..., Any]) -> frozenset[str]:
     return frozenset(name for name in SUPPLIED if name in names and name not in given)
 
 
-def teacher_address(term: Term, main: str) -> str | None:
+def is_factory(loss: Callable[..., Any]) -> bool:
+    """Whether the loss is built from example signals: a class or function that gives a module."""
+    made = _function(loss)
+    return _gives_module(made if inspect.isclass(made) else _hint(made, "return"))
+
+
+def takes_tuples(function: Callable[..., Any]) -> bool:
+    """Whether the first parameter is annotated as a tuple of signals."""
+    function = function.forward if isinstance(function, nn.Module) else _function(function)
+    first = next(iter(inspect.signature(function).parameters), "")
+    return "tuple" in str(_hint(function, first))
+
+
+def teacher_address(term: Term, main: str) -> Addresses | None:
     """What the term compares with; None for a term on labels alone."""
     if "teacher" not in supplied(term.loss):
         return None
-    return term.teacher or term.student or main
+    return term.teacher or term.student or main  # type: ignore[return-value]
+
+
+def each(addresses: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One address or several, as several."""
+    if addresses is None:
+        return ()
+    return (addresses,) if isinstance(addresses, str) else tuple(addresses)
 
 
 def asked_of_teacher(terms: Sequence[Term], main: str) -> list[str]:
     """The addresses that a teacher has to answer for these terms."""
-    asked = [teacher_address(term, main) for term in terms]
-    return list(dict.fromkeys(a for a in asked if a and not a.startswith("self:")))
+    asked = [a for term in terms for a in each(teacher_address(term, main))]
+    return list(dict.fromkeys(a for a in asked if not a.startswith("self:")))
+
+
+def _function(loss: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return loss
+
+
+def _hint(function: Callable[..., Any], name: str) -> Any:
+    try:
+        return get_type_hints(function).get(name)
+    except (NameError, TypeError):
+        return getattr(function, "__annotations__", {}).get(name)
+
+
+def _gives_module(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, nn.Module)
+
+
+def _schedules(loss: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Schedule]]:
+    """The loss without those of its options that are functions of progress, and these."""
+    if not isinstance(loss, partial):
+        return loss, {}
+    moving = {
+        name: value
+        for name, value in loss.keywords.items()
+        if callable(value) and "Callable" not in str(_hint(_function(loss), name))
+    }
+    if not moving:
+        return loss, {}
+    still = {name: value for name, value in loss.keywords.items() if name not in moving}
+    return partial(loss.func, *loss.args, **still), moving
 
 
 class BoundTerm(nn.Module):
-    """A term with its addresses settled and its projector built; part of an objective."""
+    """A term with its addresses settled and its modules built; part of an objective."""
 
     def __init__(self, term: Term, main: str, name: str) -> None:
         super().__init__()
         self.name = name
-        self.loss = term.loss
-        self.needs = supplied(term.loss)
-        self.whole = "mask" in self.needs  # sees whole signals, one value an example
-        self.student = term.student or main
+        self.student: Addresses = term.student or main  # type: ignore[assignment]
         self.teacher = teacher_address(term, main)
         # "self:" on the teacher's side is the student's own signal of the same pass.
-        self.own = (self.teacher or "").startswith("self:")
-        self.target = (self.teacher or "").removeprefix("self:")
+        own = {address.startswith("self:") for address in each(self.teacher)}
+        self.own = True in own
+        self.target = _without_self(self.teacher)
         self.weight = term.weight
         self.projector: nn.Module | None = None
+        self.teacher_projector: nn.Module | None = None
+        self.unbuilt = is_factory(term.loss)
+        self._settle(*_schedules(term.loss))
+        if len(own) > 1:
+            raise UsageError(
+                f"the term '{name}' compares with the teacher and with the student itself at once; "
+                "make it two terms"
+            )
+
+    def _settle(self, loss: Callable[..., Any], scheduled: dict[str, Schedule]) -> None:
+        self.loss = loss
+        self.scheduled = scheduled
+        self.needs = supplied(loss)
+        self.whole = "mask" in self.needs  # sees whole signals, one value an example
+        self._of_parameters = all(a.startswith("param:") for a in each(self.student))
+        # The common case, and the loop's hot path.
+        self._plain = self.needs == {"teacher"} and not scheduled and not self._of_parameters
+
+    def build(
+        self, term: Term, heard: dict[str, Any], told: dict[str, Any], extra: dict[str, Any]
+    ) -> None:
+        """Build what is sized from example signals: projectors, and a loss with a state.
+
+        Args:
+            extra: what a factory may name besides: ``model`` (the teacher's), ``rows``.
+        """
+        student = _gathered(heard, self.student)
+        teacher = None
+        if self.teacher is not None:
+            teacher = _gathered(heard if self.own else told, self.target)
+        if term.projector is not None:
+            self.projector = _projector(term.projector, student, teacher, extra)
+        if term.teacher_projector is not None:
+            made = _projector(term.teacher_projector, teacher, student, extra)
+            if any(p.requires_grad for p in made.parameters()):
+                raise UsageError(
+                    f"the term '{self.name}': a teacher_projector must train nothing, and "
+                    f"{loss_name(term.teacher_projector)} does; put it on the student's side: "
+                    "projector"
+                )
+            self.teacher_projector = made
+        if self.unbuilt:
+            self.unbuilt = False
+            student = student if self.projector is None else self.projector(student)
+            if self.teacher_projector is not None:
+                teacher = self.teacher_projector(teacher)
+            named = _named(self.loss, extra)
+            self._settle(self.loss(student, teacher, **named), self.scheduled)
 
     def value(
         self,
-        heard: dict[str, Tensor],
-        told: dict[str, Tensor],
+        heard: dict[str, Any],
+        told: dict[str, Any],
         batch: dict[str, Tensor],
         mask: Tensor | None,
         progress: float,
     ) -> Tensor:
         """The loss's own value: one a counted position, one an example, or a scalar."""
-        student = heard[self.student]
+        student = _gathered(heard, self.student)
         if self.projector is not None:
             student = self.projector(student)
         needs = self.needs
         given: dict[str, Any] = {}
         if self.teacher is not None:
-            given["teacher"] = heard[self.target].detach() if self.own else told[self.target]
-            if mask is None and len(needs) == 1:  # the common case, and the loop's hot path
+            given["teacher"] = self._compared(heard, told)
+            if mask is None and self._plain:
                 return self.loss(student, **given)
         if "labels" in needs:
             given["labels"] = batch["labels"]
         if self.whole:
             given["mask"] = mask
-        elif mask is not None:
-            student = student[mask]
-            given = {key: value[mask] for key, value in given.items()}
+        elif mask is not None and not self._of_parameters:
+            student = _masked(student, mask)
+            given = {key: _masked(value, mask) for key, value in given.items()}
         for key in ("ids", "offsets"):
             if key in needs:
                 given[key] = batch[key]
         if "progress" in needs:
             given["progress"] = progress
-        return self.loss(student, **given)
+        given |= {name: schedule(progress) for name, schedule in self.scheduled.items()}
+        value = self.loss(student, **given)
+        return value.mean() if self._of_parameters else value  # its rows are no examples
+
+    def _compared(self, heard: dict[str, Any], told: dict[str, Any]) -> Signal:
+        teacher = _gathered(heard if self.own else told, self.target)
+        if self.own:
+            teacher = _mapped(Tensor.detach, teacher)
+        if self.teacher_projector is not None:
+            with torch.no_grad():
+                teacher = self.teacher_projector(teacher)
+        return teacher
+
+
+def _without_self(addresses: Addresses | None) -> Addresses:
+    if addresses is None:
+        return ""
+    if isinstance(addresses, str):
+        return addresses.removeprefix("self:")
+    return tuple(address.removeprefix("self:") for address in addresses)
+
+
+def _gathered(signals: dict[str, Any], addresses: Addresses) -> Any:
+    if isinstance(addresses, str):
+        return signals[addresses]
+    return tuple(signals[address] for address in addresses)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], signal: Signal) -> Signal:
+    if isinstance(signal, Tensor):
+        return function(signal)
+    return tuple(function(part) for part in signal)
+
+
+def _masked(signal: Signal, mask: Tensor) -> Signal:
+    return _mapped(lambda part: part[mask], signal)
+
+
+class _Each(nn.ModuleList):
+    """A projector for each signal of a tuple."""
+
+    def forward(self, signals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(part(signal) for part, signal in zip(self, signals, strict=True))
+
+
+def _projector(make: Projector, own: Any, other: Any, extra: dict[str, Any]) -> nn.Module:
+    named = _named(make, extra)
+    if isinstance(own, Tensor) or takes_tuples(make):
+        return make(own, other, **named)
+    others = other if isinstance(other, tuple) else (other,) * len(own)
+    return _Each(make(a, b, **named) for a, b in zip(own, others, strict=True))
+
+
+def _named(make: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """What the factory names of what a stage can supply."""
+    names = inspect.signature(make).parameters
+    return {name: value for name, value in extra.items() if name in names}
