@@ -12,7 +12,7 @@ env: $(VENV)/.dev
 
 demo: $(VENV)/.core
 	rm -rf runs/demo
-	OMP_NUM_THREADS=1 $(BIN)/attar run examples/digits.yaml --run runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/attar run examples/few_labels.yaml --run runs/demo
 
 # One thread a process: tiny models gain nothing from more, and results then do not depend on it.
 test: $(VENV)/.dev

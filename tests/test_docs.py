@@ -147,7 +147,7 @@ def test_the_recipes_of_the_pages_resolve() -> None:
 def test_the_readme_shows_the_example() -> None:
     """Shortened, but no value of it is another."""
     (text,) = blocks(read("README.md"), "yaml")
-    shown_, real = parse(text).value, parse(read("examples/digits.yaml")).value
+    shown_, real = parse(text).value, parse(read("examples/few_labels.yaml")).value
     assert within(shown_, real), shown_
 
 
@@ -212,7 +212,7 @@ PAGE_OF = {
     "augmentations": "docs/data.md",
     "losses": "docs/losses.md",
     "models": "docs/models.md",
-    "projectors": "docs/models.md",
+    "projectors": "docs/projectors.md",
     "readers": "docs/data.md",
     "schedules": "docs/recipes.md",
     "stages": "docs/recipes.md",

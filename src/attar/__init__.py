@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 
 # The door: each name and the room it stands in, opened when it is first asked for.
 _ROOMS = {
+    "EMA": "teachers",
+    "Ensemble": "teachers",
+    "Group": "models",
     "Objective": "training",
     "Plan": "training",
     "Recipe": "recipes",
@@ -28,6 +31,7 @@ _ROOMS = {
     "evaluate": "evaluation",
     "export": "exporting",
     "fit": "training",
+    "mutual": "training",
     "run": "recipes",
     "train": "training",
 }

@@ -52,6 +52,26 @@ def attar(
     return called
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("runs/x/.verdict.json.tmp-71", "runs/x/verdict.json"),
+        ("runs/x/checkpoints/stage/step-000000003.tmp-71/FACTS",
+         "runs/x/checkpoints/stage/step-000000003/FACTS"),
+        ("data/mine.tmp-71-kept", "data/mine.tmp-71-kept"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_written_is_named_as_it_will_be(
+    attar: Attar, monkeypatch: pytest.MonkeyPatch, path: str, said: str
+) -> None:
+    def denied(*words: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("attar.recipes.load_recipe", denied)
+    done = attar("check", "recipe.yaml")
+    assert (done.returncode, done.stderr) == (74, f"attar: {said}: Permission denied\n")
+
+
 def test_the_console_script_is_installed(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("attar")
     done = subprocess.run(

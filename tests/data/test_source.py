@@ -268,7 +268,7 @@ def test_wrong_ids_are_refused(wrap, ids, message: str) -> None:
         (torch.rand(3, 2), torch.tensor([0, 1, -1]), 2, "label -1 of row 2"),
         (torch.rand(3, 2), torch.tensor([0, 1, -7]), None, "label -7 of row 2 .*0 and up"),
         (torch.rand(3, 2), torch.tensor([0.0, 1, 1]), 2, r"labels\.long\(\)"),
-        (torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64), 2, r"labels\.argmax\(1\)"),
+        (torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64), None, r"labels\.argmax\(1\)"),
         (torch.rand(3, 2), torch.rand(3, 2, 2), None, r"must be \[N\] or \[N, K\]"),
         (torch.rand(3, 2), torch.tensor([0, 1, float("nan")]), None, "labels of row 2 are not"),
         (torch.tensor([[0.0], [float("nan")]]), None, None, "inputs of row 1 are not all finite"),

@@ -17,15 +17,31 @@ import torch.nn.functional as functional
 from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from attar import losses
 
 CLASSES = 6
 LOGITS = (CLASSES,)
 # Forms of one example of a feature; each loss on features is held to the first that it takes.
-FEATURES = [(4, 4, 3), (CLASSES,)]
-ON_FEATURES = {"attention", "contrast", "dense", "feature", "relation"}
+FEATURES = [(4, 4, 3), (CLASSES,), (4, 12), (2, CLASSES)]
+ON_FEATURES = {
+    "attention",
+    "contrast",
+    "dense",
+    "encoder",
+    "feature",
+    "gradient",
+    "parameter",
+    "relation",
+}
+ON_FEATURES_TOO = {"focal_features", "label_embeddings", "localization_kl"}
+# Weights have any shape; pairs of embeddings are no one tensor. Their shapes have their own tests.
+OWN_SHAPES = {"affinity_kl", "l1_starting_point", "l2_starting_point"}
+# Each class is a question by itself; no class competes with another.
+ON_SIGMOIDS = {"binary_kl", "quality_focal"}
+# Losses whose labels say of every class, or position, whether and how much it holds.
+MULTI_LABEL = {"focal_features", "label_embeddings", "partial_softmax_kl"}
 REPRODUCIBLE = settings(derandomize=True, deadline=None, max_examples=60)
 
 Arguments = dict[str, Tensor]
@@ -52,10 +68,26 @@ def logits_of(offset: int) -> Callable[..., Tensor]:
     return lambda rows, seed, **options: random(rows, 3 * seed + offset, **options)
 
 
+def multiple_labels(rows: int, seed: int, form: tuple[int, ...] = LOGITS, **_: object) -> Tensor:
+    """What holds, [N, C]; of maps [C, H, W] the weights of positions, [N, H, W]."""
+    shape = form[1:] if len(form) == 3 else form[:1]
+    generator = torch.Generator().manual_seed(seed)
+    holds = torch.rand(rows, *shape, generator=generator, dtype=torch.float64) > 0.5
+    return holds.double()
+
+
+def counted(rows: int, seed: int, form: tuple[int, ...] = LOGITS, **_: object) -> Tensor:
+    """A mask [N, T] that leaves the last position of every other row out."""
+    mask = torch.ones(rows, form[0], dtype=torch.bool)
+    mask[1::2, -1] = False
+    return mask
+
+
 SUPPLY: dict[str, Callable[..., Tensor]] = {
     "student": logits_of(0),
     "teacher": logits_of(1),
     "labels": class_numbers,
+    "mask": counted,
 }
 
 
@@ -75,12 +107,16 @@ def arguments(
         pytest.fail(f"{loss.__name__} asks for {sorted(unknown)}: teach SUPPLY to make it.")
     if "form" not in how:
         how["form"] = form(loss)
-    return {name: SUPPLY[name](rows, seed, **how) for name in supplied(loss)}
+    given = {name: SUPPLY[name](rows, seed, **how) for name in supplied(loss)}
+    if loss.__name__ in MULTI_LABEL:
+        given["labels"] = multiple_labels(rows, seed, **how)
+    return given
 
 
 def is_on_logits(loss: Callable[..., Tensor]) -> bool:
     """Whether -inf is a class that does not exist; `mse` is on logits as well as on features."""
-    return loss is losses.mse or loss.__module__.split(".")[-1] not in ON_FEATURES
+    on_features = loss.__module__.split(".")[-1] in ON_FEATURES
+    return loss is losses.mse or not (on_features or loss.__name__ in ON_FEATURES_TOO)
 
 
 @functools.cache
@@ -95,6 +131,24 @@ def form(loss: Callable[..., Tensor]) -> tuple[int, ...]:
     pytest.fail(f"{loss.__name__} takes none of the forms {FEATURES}.")
 
 
+def of_tensors(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss; one that compares tuples, as one of tensors that are cut up along dimension 1."""
+    if get_type_hints(loss)["student"] != tuple[Tensor, ...]:
+        return loss
+
+    @functools.wraps(loss)
+    def stacked(student: Tensor, teacher: Tensor, **rest: object) -> Tensor:
+        if student.ndim < 3:
+            raise ValueError(f"{tuple(student.shape)} is no tuple of rows")
+        return loss(student.unbind(1), teacher.unbind(1), **rest)
+
+    return stacked
+
+
+def is_factory(loss: Callable[..., object]) -> bool:
+    return issubclass(get_type_hints(loss)["return"], nn.Module)
+
+
 # What a student that agrees gives, where that is not the teacher's own values.
 AGREEING: dict[str, Callable[[Tensor], Tensor]] = {
     "activation_boundary": lambda teacher: 1e3 * teacher,
@@ -105,17 +159,26 @@ AGREEING: dict[str, Callable[[Tensor], Tensor]] = {
     "transformed_teacher_kl": lambda teacher: 0.1 * teacher.to(torch.float64),
 }
 # Losses that even full agreement leaves above zero.
-NEVER_ZERO = {"contrast", "hard_distillation", "normalized_kl", "target_enhanced_kl"}
+NEVER_ZERO = {
+    "absolute_and_cosine",
+    "affinity_kl",  # the two sides have temperatures of their own
+    "contrast",
+    "hard_distillation",
+    "normalized_kl",
+    "ranking_distillation",
+    "relaxed_ranking",
+    "target_enhanced_kl",
+}
 # Losses with a weight made of the student's answers, through which no gradient flows.
 HELD_WEIGHT = {"adaptive_kl", "weighted_kl"}
 # Losses in a power of the signal's unit whose gradient at 1e4 is no number of float16.
-BEYOND_HALF = {"gram"}
+BEYOND_HALF = {"focal_features", "gram"}
 
 
 @functools.cache
 def is_per_row(name: str) -> bool:
     """Whether the loss gives a value a row; it must give that or a scalar."""
-    loss = getattr(losses, name)
+    loss = of_tensors(getattr(losses, name))
     shape = tuple(loss(**arguments(loss)).shape)
     if shape not in {(5,), ()}:
         pytest.fail(f"{name} gives {shape} for 5 rows: neither a value a row nor a scalar.")
@@ -133,7 +196,12 @@ def taking(rows: Tensor | slice, given: Arguments) -> Arguments:
     return {name: value[rows] for name, value in given.items()}
 
 
-ALL = [pytest.param(getattr(losses, name), id=name) for name in losses.__all__]
+FACTORIES = [name for name in losses.__all__ if is_factory(getattr(losses, name))]
+ALL = [
+    pytest.param(of_tensors(getattr(losses, name)), id=name)
+    for name in losses.__all__
+    if name not in FACTORIES
+]
 TOLD = [case for case in ALL if "teacher" in supplied(case.values[0])]
 PER_ROW = [case for case in ALL if is_per_row(case.id)]
 SCALAR = [case for case in ALL if not is_per_row(case.id)]
@@ -143,7 +211,8 @@ every_loss_on_logits = pytest.mark.parametrize(
     "loss", [case for case in ALL if is_on_logits(case.values[0])]
 )
 every_loss_on_features = pytest.mark.parametrize(
-    "loss", [case for case in ALL if not is_on_logits(case.values[0])]
+    "loss",
+    [case for case in ALL if not is_on_logits(case.values[0]) and case.id not in OWN_SHAPES],
 )
 
 
@@ -239,8 +308,9 @@ def test_features_of_another_size_are_compared_or_refused(
 def test_features_without_values_are_refused(
     loss: Callable[..., Tensor], shape: tuple[int, ...]
 ) -> None:
+    given = {**arguments(loss), "student": torch.zeros(shape), "teacher": torch.zeros(shape)}
     with pytest.raises(ValueError, match=r"features|maps") as error:
-        loss(torch.zeros(shape), torch.zeros(shape))
+        loss(**given)
     assert str(shape) in str(error.value)
 
 
@@ -250,8 +320,8 @@ def test_labels_of_other_rows_name_both_shapes(loss: Callable[..., Tensor]) -> N
     if "labels" in given:
         with pytest.raises(ValueError, match="labels must be") as error:
             loss(**{**given, "labels": given["labels"][:-1]})
-        assert "(4,)" in str(error.value)
-        assert f"(5, {CLASSES})" in str(error.value)
+        assert str(tuple(given["labels"][:-1].shape)) in str(error.value)
+        assert f"{tuple(given['student'].shape)}" in str(error.value)
 
 
 # Values.
@@ -372,6 +442,8 @@ def without_last(given: Arguments, columns: int) -> tuple[Arguments, Arguments]:
         padded[name] = given[name].clone()
         padded[name][:, -columns:] = -math.inf
         cut[name] = given[name][:, :-columns]
+    if given.get("labels", torch.empty(0)).ndim == 2:
+        cut["labels"] = given["labels"][:, :-columns]
     return padded, cut
 
 
@@ -436,7 +508,7 @@ def test_a_softmax_is_over_rows_of_two_or_more(
     if loss is losses.mse:
         assert loss(torch.zeros(shape), torch.ones(shape)).tolist() == [1.0] * 5
         return
-    if loss is losses.binary_kl:  # a question by itself; no class competes with another
+    if loss.__name__ in ON_SIGMOIDS:
         with pytest.raises(ValueError, match="at least one class") as error:
             loss(*[torch.zeros(shape if shape != (5, 1) else (5, 0))] * 2)
         return

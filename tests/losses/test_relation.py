@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attar.losses import (
     correlation_congruence,
+    cosine_relation,
     kernel_alignment,
     probabilistic_transfer,
     relation,
@@ -306,3 +307,29 @@ def test_float32_is_near_float64_far_from_the_origin(loss: Loss, offset: float) 
     torch.testing.assert_close(
         gradient_single.double(), gradient, rtol=0, atol=0.01 * gradient.abs().max().item()
     )
+
+
+# Cosines between examples.
+
+
+def test_cosine_relation_is_its_definition() -> None:
+    student, teacher = (
+        torch.randn(6, width, generator=torch.Generator().manual_seed(width)).double()
+        for width in (4, 7)
+    )
+    cosines = [
+        torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
+        for x in (student, teacher)
+    ]
+    wanted = ((cosines[0] - cosines[1]) ** 2).sum() / 36  # the published code does not divide
+    torch.testing.assert_close(cosine_relation(student, teacher), wanted)
+    torch.testing.assert_close(cosine_relation(3 * student, teacher / 2), wanted)
+
+
+def test_an_example_without_a_teacher_has_no_topology() -> None:
+    student, teacher = torch.randn(5, 4).requires_grad_(), torch.randn(5, 3)
+    teacher[2] = 0
+    cosine_relation(student, teacher).backward()
+    assert student.grad is not None
+    assert (student.grad[2] == 0).all()
+    assert student.grad.isfinite().all()

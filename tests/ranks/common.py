@@ -26,6 +26,7 @@ _draw = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(ROWS, 1, 8, 8, generator=_draw)
 LOGITS = torch.randn(ROWS, CLASSES, generator=_draw)
 FEATURE = torch.randn(ROWS, WIDTH, generator=_draw)
+GOAL = torch.randn(8, 64, generator=_draw)
 
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -34,12 +35,14 @@ def pair(ids: list[int]) -> Pair:
     """A batch of these rows, and what a teacher would say of them."""
     at = torch.tensor(ids)
     batch = {"inputs": IMAGES[at], "labels": at % CLASSES, "ids": at}
-    return batch, {"output:logits": LOGITS[at], "feature:goal": FEATURE[at]}
+    told = {"output:logits": LOGITS[at], "feature:goal": FEATURE[at]}
+    told |= {"grad:top": at[:, None] % CLASSES, "feature:slope": -IMAGES[at]}
+    return batch, told | {"feature:weight": GOAL}
 
 
 def student(kind: str = "mlp", seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    if kind == "mlp":
+    if kind not in ("vit", "resnet"):
         return attar.models.mlp((1, 8, 8), CLASSES, widths=(8, 7))
     if kind == "vit":
         return attar.models.vit((1, 8, 8), CLASSES, width=8, depth=2, heads=2)
@@ -49,11 +52,44 @@ def student(kind: str = "mlp", seed: int = 0) -> nn.Module:
 HEARD = {"mlp": "feature:blocks.1", "vit": "feature:pool", "resnet": "feature:pool"}
 
 
+class Scaled(nn.Module):
+    """A loss of two signals, with a trained weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, student: tuple[Tensor, ...], teacher: Tensor) -> Tensor:
+        return sum((s * self.scale - teacher).square().mean(1) for s in student)  # type: ignore[return-value]
+
+
+def scaled(student: tuple[Tensor, ...], teacher: Tensor) -> nn.Module:
+    return Scaled(teacher.shape[1])
+
+
+# Of a gradient and of parameters: not for fsdp, which holds a part of each on a rank.
+WHOLE = [
+    Term(mse, "grad:top/inputs", "feature:slope", weight=30.0),
+    Term(mse, "param:blocks.0.linear.weight", "feature:weight", weight=0.3),
+]
+BUILT = [
+    Term(
+        scaled,
+        ["feature:blocks.0", "feature:blocks.1"],
+        "feature:goal",
+        weight=0.5,
+        projector=linear,
+    )
+]
+MORE = {"built": BUILT, "whole": BUILT + WHOLE}
+
+
 def objective(kind: str = "mlp", seed: int = 0, **options: Any) -> Objective:
     """A student that learns from labels, from logits and, through a projector, from a feature."""
     terms = [
         Term(partial(kl_divergence, temperature=2.0), weight=0.9),
-        Term(mse, HEARD[kind], "feature:goal", weight=0.5, projector=linear),
+        Term(mse, HEARD.get(kind, HEARD["mlp"]), "feature:goal", weight=0.5, projector=linear),
+        *MORE.get(kind, ()),
     ]
     model = student(kind, seed)
     return Objective(model, TASK, terms, example=pair([0, 1, 2]), **options)

@@ -31,7 +31,7 @@ def reference(ids: list[int], kind: str) -> tuple[float, dict[str, Tensor], Obje
 def partitions(share: str, ranks: Ranks, trials: int = 6) -> None:
     """Any cut into 1 or 3 batches and over the ranks, idle ranks and a short batch included."""
     group, luck = as_kind(ranks, share), random.Random(1)
-    for kind in ("mlp", "vit"):
+    for kind in ("mlp", "vit", "whole" if share == "ddp" else "built"):
         shared = objective(kind)
         with group.wrap(shared, *pair([0, 1])) as wrapped:
             for trial in range(trials):
@@ -116,6 +116,7 @@ def savings(share: str, ranks: Ranks) -> None:
     """Recomputing and compiling change no gradient on several ranks either."""
     group, ids = as_kind(ranks, share), list(range(6))
     ways = [("vit", recomputed), ("mlp", partial(compiled, backend="eager"))]
+    ways += [("whole" if share == "ddp" else "built", recomputed)]
     for kind, context in ways:
         known, shared = reference(ids, kind)[1], objective(kind)
         with context(shared.student), group.wrap(shared, *pair([0, 1])) as wrapped:

@@ -27,7 +27,7 @@ WRONG = [
     ("epochs: 2", "epochs: -1", "9:13", "epochs is -1: it must be greater than or equal to 1"),
     ("weight: 0.9", "weight: -0.9", "12:65", "weight is -0.9: it must be greater than or equal"),
     ("temperature: 4.0", "temperature: 0", "12:51", "temperature is 0: it must be greater than 0"),
-    ("weight: 0.9", "weight: yes", "12:65", "weight is 'yes': it must be a valid number"),
+    ("weight: 0.9", "weight: yes", "12:65", "'yes'"),
     ("[8]", "8", "6:30", "widths is 8: it must be a list, such as [32]"),
     ("[8]", "[8, x]", "6:30", "it must be a valid integer"),
     ("- {loss", "{loss", None, "expected a list"),

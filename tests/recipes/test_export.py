@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import attar
+from attar.cli.write import Choices, export_model
 from attar.recipes import Recipe, TeacherPlan, check, load_recipe, run
-from attar.runtime import PreflightError
+from attar.runtime import DataError, PreflightError
 from attar.training.loop import Loop
 
 Write = Callable[..., Path]
@@ -91,6 +92,28 @@ def test_the_saved_student_is_exported_and_told_everywhere(recipe: Path, tmp_pat
     page = (folder / "report.html").read_text()
     assert "The exported files" in page
     assert all(name in page for name in names)
+
+
+def test_the_student_of_a_run_is_exported_later_with_the_same_card(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Name, teacher, data and verdict lie in the run folder."""
+    folder = tmp_path / "run"
+    run(recipe, folder=folder, overrides=["seeds=2", "goal={retain: 0.5}"])
+    formats = ["safetensors", "torch_export"]
+    export_model(
+        folder / "student", "digits", Choices(), tmp_path / "later", formats, licence="MIT"
+    )
+    cards = [(at / "README.md").read_text() for at in (folder / "export", tmp_path / "later")]
+    parts = [re.split(r"^## Files$", card, flags=re.MULTILINE)[0] for card in cards]
+    assert parts[0] == parts[1]
+    assert "retention" in parts[1]
+    (folder / "verdict.json").write_text(json.dumps({"format": "attar-verdict/1", "table": {}}))
+    with pytest.raises(DataError, match=r"verdict\.json: has no 'goal_line'"):
+        export_model(folder / "student", "digits", Choices(), tmp_path / "no", ["safetensors"])
+    (folder / "verdict.json").unlink()
+    export_model(folder / "student", "digits", Choices(), tmp_path / "bare", ["safetensors"])
+    assert "no verdict was given" in (tmp_path / "bare/README.md").read_text()
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -384,6 +384,31 @@ def test_a_python_recipe_has_the_ranges_of_a_file(
         Goal(retain=99)
 
 
+def test_the_data_are_called_without_the_name_of_a_part(
+    blobs: attar.data.Splits, tmp_path: Path
+) -> None:
+    """A reader calls its parts "photos train" and "photos test"."""
+
+    def called(train: str, test: str) -> str:
+        parts = [attar.data.Subset(source, torch.arange(len(source)), name=name)
+                 for source, name in zip(blobs, (train, test), strict=True)]  # fmt: skip
+        return check(small(attar.data.Splits(*parts)))["data"]["name"]
+
+    assert called("my photos train", "my photos test") == "my photos"
+    assert called("digits", "digits") == "digits"
+    assert called("a.csv train", "b.csv test") == "a.csv train"
+
+
+def test_the_last_epoch_is_told_where_validation_chose_another(
+    blobs: attar.data.Splits, tmp_path: Path
+) -> None:
+    assert run(small(blobs), folder=tmp_path / "best").last is not None
+    stage = partial(TEACHES, keep="last")
+    verdict = run(small(blobs, stages=[stage]), folder=tmp_path / "last")
+    assert verdict.last is None
+    assert "best epoch" not in (tmp_path / "last" / "report.html").read_text()
+
+
 def test_unlabelled_splits_that_judge_are_refused(blobs: attar.data.Splits, tmp_path: Path) -> None:
     bare = attar.data.TensorSource(torch.zeros(9, 2), classes=blobs.train.classes)
     with pytest.raises(PreflightError, match="no labels, which a verdict needs"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import attar
 from attar.runtime import UsageError
-from attar.teachers import Projected, project, renamed
+from attar.teachers import Projected, adapted, project, renamed
 
 TASK = attar.tasks.ImageClassification(classes=("a", "b"))
 
@@ -118,3 +118,67 @@ def test_a_student_learns_from_it(digits: attar.data.Splits) -> None:
     student = attar.models.build("resnet", data=digits.train, width=4)
     rows = attar.data.Subset(digits.train, torch.arange(64))
     attar.distill(student, teacher, rows, task, [attar.Term(attar.losses.kl_divergence)], epochs=1)
+
+
+# ---------------------------------------------------------------- other inputs, fewer classes
+
+
+class Shape(nn.Module):
+    """Says what images it was given."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = images
+        return images.flatten(1)[:, :2]
+
+
+def test_a_teacher_reads_images_of_its_own_size_and_then_its_own_transform() -> None:
+    model = Shape()
+    images = torch.rand(2, 3, 8, 12)
+    adapted(model, TASK, size=(4, 6), transform=lambda images: images * 2 - 1)(images)
+    resized = nn.functional.interpolate(images, [4, 6], mode="bilinear", antialias=True)
+    torch.testing.assert_close(model.seen, resized * 2 - 1)
+    adapted(model, TASK, size=8)(images)
+    assert model.seen.shape == (2, 3, 8, 8)
+
+
+def test_the_size_that_a_model_was_built_for_is_known() -> None:
+    model = attar.models.build("mlp", shape=(1, 6, 6), outputs=2, widths=[3])
+    assert adapted(model, TASK)(torch.rand(2, 3, 9, 9)).shape == (2, 2)
+    assert adapted(model, TASK, size=6)(torch.rand(2, 1, 9, 9)).shape == (2, 2)
+
+
+def test_what_is_not_adapted_is_what_the_model_gives() -> None:
+    images = torch.randn(3, 1, 1, 2)
+    assert torch.equal(adapted(Says(2).eval(), TASK)(images), images.flatten(1))
+
+
+def test_a_teacher_of_some_classes_gives_the_others_next_to_nothing() -> None:
+    task = attar.tasks.ImageClassification(classes=("a", "b", "c", "d"))
+    found = adapted(Says(3).eval(), task, classes=("d", None, 0))
+    logits = torch.tensor([[1.0, 9.0, 2.0]])
+    said = found(logits.reshape(1, 1, 1, 3)).exp()[0]
+    share = torch.tensor([2.0, 1.0]).softmax(0)
+    torch.testing.assert_close(said, torch.tensor([share[0], 0.0, 0.0, share[1]]))
+    assert found.known is not None
+    assert found.known.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (("a", "e"), "the task has no class 'e'"),
+        (("a", 2), "the task has no class '2'"),
+        (("a", 0), "'a' stands twice"),
+        (("a", None), "at least two"),
+    ],
+)
+def test_classes_that_are_not_the_students_are_refused(classes: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        adapted(Says(2), TASK, classes=classes)
+
+
+def test_every_output_needs_a_class() -> None:
+    with pytest.raises(UsageError, match="has 3 classes, but 2 are named"):
+        adapted(Says(3), TASK, classes=("a", "b"))(torch.randn(2, 1, 1, 3))
+    with pytest.raises(UsageError, match="that knows its classes"):
+        adapted(Says(3), attar.tasks.ImageClassification(), classes=("a", "b"))

@@ -355,3 +355,49 @@ def test_the_norms_of_the_terms_gradients_are_logged(
     for with_norms, without in zip(train, plain, strict=True):  # nothing else changes
         with_norms.pop("gradients", None)
         assert with_norms == without
+
+
+MANY = attar.tasks.MultiLabelClassification(classes=3)
+
+
+def many_labels() -> attar.data.TensorSource:
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(64, 3, generator=generator) > 0.5).float()
+    inputs = torch.randn(64, 2, generator=generator)
+    return attar.data.TensorSource(inputs, labels, classes=("a", "b", "c"))
+
+
+SOFTMAX = {
+    "adaptive_kl", "alpha_beta_divergence", "centered_mse", "correlation", "decoupled_kl",
+    "earth_mover", "hard_distillation", "jensen_shannon", "kl_divergence", "normalized_kl",
+    "reverse_kl", "skewed_kl", "standardized_kl", "target_enhanced_kl", "total_variation",
+    "transformed_teacher_kl", "weighted_kl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SOFTMAX - {"decoupled_kl", "normalized_kl", "weighted_kl",
+                                                   "target_enhanced_kl"}))  # fmt: skip
+def test_a_softmax_over_labels_that_hold_together_is_refused(
+    net: partial[nn.Module], name: str
+) -> None:
+    term = Term(getattr(attar.losses, name))
+    with pytest.raises(PreflightError, match=r"each is an answer of its own; use binary_kl"):
+        check(net(), net(seed=1), many_labels(), MANY, [term])
+
+
+@pytest.mark.parametrize("name", ["binary_kl", "mse", "similarity_preserving", "margin_mse"])
+def test_what_reads_each_label_by_itself_is_not(net: partial[nn.Module], name: str) -> None:
+    check(net(), net(seed=1), many_labels(), MANY, [Term(getattr(attar.losses, name))])
+
+
+def test_crd_remembers_its_rows_and_pulls(blobs: attar.data.Splits, net: partial) -> None:
+    """The factory of a real method, through the whole verb."""
+    student = net(width=5)
+    term = Term(
+        partial(attar.losses.memory_contrast, negatives=32, dimensions=8), "feature:body",
+        "feature:body", weight=0.8,
+    )  # fmt: skip
+    done = fit(student, net(width=9, seed=1), blobs.train, TASK, [SOFT, term], epochs=3,
+               progress=False)  # fmt: skip
+    assert done.plan.projector_parameters > 0
+    assert done.plan.gradients["memory_contrast(feature:body)"] > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -318,7 +319,7 @@ def _guarded(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        what = f"{_meant(error.filename)}: {error.strerror or error}"
         return _refuse(f"{what}{_how_to_go_on()}", 74)
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself is wrong
@@ -327,6 +328,11 @@ def _guarded(command: Callable[[], Any]) -> int:
             return _refuse(str(error), error.exit_code)
         traceback.print_exc()
         return _refuse(f"a fault in attar: {type(error).__name__}: {error}", 70)
+
+
+def _meant(path: Any) -> str:
+    """The path that a temporary one stands for, until it is whole."""
+    return re.sub(r"(?<![^/])\.?([^/]+)\.tmp-[0-9]+(?![^/])", r"\1", str(path or "a file"))
 
 
 def _how_to_go_on() -> str:

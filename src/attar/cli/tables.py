@@ -70,6 +70,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         )
     ratio = plan["teacher"]["parameters"] / max(plan["student"]["parameters"], 1)
     lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
+    lines += _learned(plan["saw"])
     for index, stage in enumerate(plan["stages"]):
         lines += [(f"stage {index}", _stage(stage, seeds)), *map(_term, stage["terms"])]
     if "export" in plan:
@@ -78,6 +79,18 @@ def print_plan(plan: dict[str, Any]) -> None:
         lines.append((made["folder"], formats))
     _print_rows(lines, 11)
     console.print("checked: every stage ran on one batch. Nothing was trained.")
+
+
+def _learned(saw: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    """The rows of each arm, where they are not the same for all."""
+    if all(seen == saw["distilled"] for seen in saw.values()):
+        return []
+    told = [
+        f"{name} {seen['rows']:,} rows, {seen['labelled']:,} labelled" for name, seen in saw.items()
+    ]
+    if saw.get("baseline", saw["distilled"]) != saw["distilled"]:
+        told.append("the baseline sees its rows over and over, to as many steps")
+    return [("learn from", "\n".join(told))]
 
 
 def _stage(stage: dict[str, Any], seeds: int) -> str:

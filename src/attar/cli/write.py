@@ -248,10 +248,12 @@ def export_model(
 ) -> list[Any]:
     """Export a saved model into *into*, each file checked on the test split of *data*."""
     from attar.exporting import export
-    from attar.recipes.exports import examples
+    from attar.models import is_foreign
+    from attar.recipes.exports import examples, told_of
 
     module, test, task = _read(model, data, said, plugins)
     card: Any = {"name": model.resolve().name, "data": test.name}
+    card |= {} if is_foreign(str(model)) else told_of(model)
     chosen: Any = formats  # what is misspelt, export says
     inputs = examples(test)
     made = export(module, into, example=inputs, formats=chosen, task=task, card=card, **licences)

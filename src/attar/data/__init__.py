@@ -6,12 +6,14 @@ from attar.data.dataset import DatasetSource
 from attar.data.digits import digits
 from attar.data.draw import Draw
 from attar.data.fashion_mnist import fashion_mnist
+from attar.data.garments import garments
 from attar.data.huggingface import dataset
 from attar.data.images import images
 from attar.data.source import Source, Subset, TensorSource
 from attar.data.splits import Data, Splits, ThreeSplits, split
 from attar.data.tables import csv
 from attar.data.types import Augmentation, Batch
+from attar.data.yeast import yeast
 
 __all__ = [
     "Augmentation",
@@ -31,8 +33,10 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "flip",
+    "garments",
     "images",
     "mixup",
     "split",
     "tensors",
+    "yeast",
 ]

@@ -26,10 +26,11 @@ def tensors(
     train_inputs, test_inputs:
         [N, ...]; see TensorSource.
     train_labels, test_labels:
-        Integers [N] for classes, floats [N] or [N, K] for regression, None for none.
+        Integers [N] for classes, integers or bools [N, C] of 0 and 1 for multi-label, floats [N]
+        or [N, K] for regression, None for none.
     classes:
         The names of the classes, or their number. None with integer labels: the classes are the
-        numbers from 0 to the largest label of both parts.
+        numbers from 0 to the largest label of both parts, or of their columns.
 
     >>> import torch
     >>> x, y = torch.rand(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -47,4 +48,6 @@ def tensors(
 def _count(*labels: Tensor | Array | None) -> int | None:
     given = [numbers(part, "labels") for part in labels if part is not None]
     whole = [part for part in given if part.dtype.kind != "f" and part.size]
+    if whole and whole[0].ndim == 2:
+        return int(whole[0].shape[1])
     return max(int(part.max()) for part in whole) + 1 if whole else None

@@ -55,9 +55,9 @@ def mixup(batch: Batch, draw: Draw, *, alpha: Annotated[float, Gt(0)] = 0.2) -> 
     """Mix every row with another one: ``x = s x_i + (1 - s) x_j``, and the labels likewise.
 
     ``s ~ Beta(alpha, alpha)`` and the partner j, any other row of the source, are drawn for each
-    row. Class numbers become float32 probabilities [n, C]; values of regression are mixed as they
-    are; rows without labels have their inputs mixed. Zhang et al., "mixup: Beyond Empirical Risk
-    Minimization" (2018).
+    row. Class numbers become float32 probabilities [n, C]; multi-label rows and values of
+    regression are mixed as they are; rows without labels have their inputs mixed. Zhang et al.,
+    "mixup: Beyond Empirical Risk Minimization" (2018).
 
     Parameters
     ----------
@@ -77,8 +77,12 @@ def cutmix(batch: Batch, draw: Draw, *, alpha: Annotated[float, Gt(0)] = 1.0) ->
     centre, and is cut at the border; the share of the image's own label is then exactly the share
     of its own pixels. Partner and labels are as in :func:`mixup`. Yun et al., "CutMix:
     Regularization Strategy to Train Strong Classifiers" (2019).
+
+    Multi-label rows are refused: how much of an image is left does not say which of several
+    things in it can still be seen.
     """
     images = _images(batch, "cutmix")
+    _refuse_multi_label(draw)
     height, width = images.shape[2:]
     side = (1 - _beta(draw.uniform("share"), alpha)).sqrt()
     rows = _interval(draw.uniform("row"), side, height)
@@ -98,6 +102,19 @@ def _images(batch: Batch, name: str) -> Tensor:
             f"{list(inputs.shape[1:])}; leave {name} out"
         )
     return inputs
+
+
+def _refuse_multi_label(draw: Draw) -> None:
+    source = draw.source
+    if source.classes is None:
+        return
+    # The source is asked and not the batch: mixing before this makes floats of class numbers too.
+    labels = source.rows(draw.ids[:1]).get("labels")
+    if labels is not None and labels.is_floating_point():
+        raise DataError(
+            f"{source.name}: cutmix mixes labels by area, which says nothing of which of several "
+            "labels can still be seen; use mixup for multi-label data"
+        )
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

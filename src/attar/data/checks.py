@@ -66,13 +66,18 @@ def label_array(
     name: str,
     ids: Array | None = None,
 ) -> Array:
-    """Labels as int64 [N] in [0, classes) or float32 [N, K], finite."""
+    """Labels as int64 [N] in [0, classes), or float32 [N, K], finite.
+
+    With ``classes``, [N, classes] are multi-label: each 1 where the class holds and 0 elsewhere.
+    """
     array = numbers(values, f"{name}: labels")
     if array.ndim == 0 or len(array) != count:
         rows = len(array) if array.ndim else 1
         raise DataError(
             f"{name}: {count} inputs but {rows} labels; give one label for each input, in order"
         )
+    if array.ndim == 2 and classes is not None:
+        return _multi_hot(array, classes, name, ids)
     if array.dtype.kind == "f":
         return _values(array, classes, name, ids)
     return _class_numbers(array, classes, name, ids)
@@ -90,6 +95,22 @@ def class_names(classes: Sequence[str] | int | None, name: str) -> tuple[str, ..
         twice = next(item for item in found if found.count(item) > 1)
         raise DataError(f"{name}: class name '{twice}' stands twice; every class needs its own")
     return found
+
+
+def _multi_hot(array: Array, classes: Sequence[str], name: str, ids: Array | None) -> Array:
+    if array.shape[1] != len(classes):
+        raise DataError(
+            f"{name}: {len(classes)} classes but {array.shape[1]} labels a row; multi-label rows "
+            "have a 0 or 1 for each class, in order"
+        )
+    wrong = (array != 0) & (array != 1)  # a NaN is neither
+    if wrong.any():
+        row, column = (int(place) for place in np.argwhere(wrong)[0])
+        raise DataError(
+            f"{name}: the label '{classes[column]}' of row {_row(row, ids)} is "
+            f"{array[row, column]:g}; a multi-label row has a 0 or 1 for each class"
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _values(array: Array, classes: Sequence[str] | None, name: str, ids: Array | None) -> Array:
@@ -115,7 +136,7 @@ def _class_numbers(
     if array.ndim != 1:
         raise DataError(
             f"{name}: class numbers must be [N], not {list(array.shape)}; use labels.argmax(1) "
-            "for one-hot rows, or labels.float() for values"
+            "for one-hot rows, labels.float() for values, or name the classes for multi-label rows"
         )
     array = np.ascontiguousarray(array, dtype=np.int64)
     limit = len(classes) if classes is not None else np.iinfo(np.int64).max

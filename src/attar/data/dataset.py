@@ -45,7 +45,8 @@ class DatasetSource(Source):
 
     An item is ``(input, label)``, a bare input, or a dict with ``inputs`` and perhaps ``labels``
     (other keys are not read). Inputs are tensors, arrays or numbers, as for ``TensorSource``;
-    labels are integers for classes, floats or [K] floats for regression.
+    labels are integers for classes, floats or [K] floats for regression, and beside ``classes`` [C]
+    numbers of 0 and 1 for multi-label.
 
     Only item 0 is read at the start. ``labels`` comes from ``dataset.targets``,
     ``dataset.labels`` or ``dataset.tensors[1]`` if it has the right length and agrees with the
@@ -238,5 +239,6 @@ def _as_numbers(values: Any) -> Array | None:
 
 
 def _fits(array: Array, labels: Tensor) -> bool:
-    same_kind = (array.dtype.kind == "f") == labels.is_floating_point()
+    # Multi-label rows are floats whatever the data set lists them as.
+    same_kind = (array.dtype.kind == "f") == labels.is_floating_point() or array.ndim == 2
     return same_kind and array.size == len(array) * labels[0].numel()

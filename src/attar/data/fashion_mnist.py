@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from attar.data.checks import Array
+from attar.data.checks import Array, input_array, label_array
 from attar.data.source import TensorSource
 from attar.data.splits import Splits, consistent
 from attar.runtime import DataError
 
 _FOLDER = "/usr/share/datasets/fashion-mnist"
 _PACKAGE = "dataset-fashion-mnist"
-_CLASSES = (
+CLASSES = (
     "t-shirt/top",
     "trouser",
     "pullover",
@@ -51,19 +51,26 @@ def fashion_mnist(*, folder: str | None = None) -> Splits:
         A folder or file that is missing, truncated, too long or not an idx file of bytes, with
         its name.
     """
+    parts = ("train", "t10k")
+    sources = [
+        TensorSource(*part_arrays(folder, part), classes=CLASSES, name=f"fashion_mnist {part}")
+        for part in parts
+    ]
+    return consistent(*sources)
+
+
+def part_arrays(folder: str | None, part: str) -> tuple[Array, Array]:
+    """The images uint8 [N, H, W] and the class numbers [N] of one part, ``train`` or ``t10k``."""
     root = Path(_FOLDER if folder is None else folder)
     if not root.is_dir():
         raise DataError(
             f"fashion_mnist: there is no folder {root}; install the Debian package {_PACKAGE} "
             f"(apt-get install {_PACKAGE}) or give the option folder"
         )
-    return consistent(_part(root, "train"), _part(root, "t10k"))
-
-
-def _part(root: Path, prefix: str) -> TensorSource:
-    images = read_idx(_file(root, f"{prefix}-images-idx3-ubyte"), 3)
-    labels = read_idx(_file(root, f"{prefix}-labels-idx1-ubyte"), 1)
-    return TensorSource(images, labels, classes=_CLASSES, name=f"fashion_mnist {prefix}")
+    images = read_idx(_file(root, f"{part}-images-idx3-ubyte"), 3)
+    labels = read_idx(_file(root, f"{part}-labels-idx1-ubyte"), 1)
+    name = f"fashion_mnist {part}"
+    return input_array(images, name)[:, 0], label_array(labels, len(images), CLASSES, name)
 
 
 def _file(root: Path, name: str) -> Path:

@@ -52,7 +52,10 @@ class Source(ABC):
     @property
     @abstractmethod
     def labels(self) -> Tensor | None:
-        """All labels, int64 [N] or float32 [N, K]; None when there are none."""
+        """All labels, int64 [N] or float32 [N, K]; None when there are none.
+
+        Floats beside ``classes`` are multi-label: 1 in the column of each class that holds.
+        """
 
     @abstractmethod
     def rows(self, ids: Tensor) -> Batch:
@@ -191,7 +194,8 @@ class TensorSource(Source):
         all other numbers become float32 and are taken as they are. Not copied where that is
         possible, so do not write to them afterwards.
     labels:
-        Integers [N] for classes, floats [N] or [N, K] for regression, None for none.
+        Integers [N] for classes, floats [N] or [N, K] for regression, None for none. With
+        ``classes``, [N, C] of any dtype are multi-label: 1 for each class that holds, else 0.
     classes:
         The names of the classes, or their number.
 
@@ -199,7 +203,8 @@ class TensorSource(Source):
     ------
     DataError
         An empty data set, lengths that differ, a label that is no class number, floats given for
-        classes, a NaN or an infinity; with the row.
+        classes, a multi-label row with another number than 0 and 1, a NaN or an infinity; with
+        the row.
     """
 
     def __init__(

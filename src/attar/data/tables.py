@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv as reader
+import gzip
 import math
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -22,6 +24,7 @@ from attar.runtime import DataError, UsageError, suggest
 _MOST_CLASSES = 1_000
 _FIELD_BYTES = 131_072
 _LARGEST = float(np.finfo(np.float32).max)
+_YES_OR_NO = {"0": 0, "1": 1, "false": 0, "true": 1}
 _NO_NUMBER = {"na", "n/a", "nan", "null", "none", "?", "-", "inf", "+inf", "-inf"}
 
 _Encoder = Callable[["_Table"], Array]
@@ -52,14 +55,15 @@ def csv(
     *,
     train: str,
     test: str | None = None,
-    target: str | None = None,
+    target: str | list[str] | None = None,
     regression: bool = False,
     seed: int = 0,
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2,
 ) -> Splits:
     """A table of numbers and categories, one row an example, read into memory.
 
-    The files are UTF-8 with commas and a header row; blank lines are no rows. Spaces around a
+    The files are UTF-8 with commas and a header row, plain or gzipped (``.gz``); blank lines are
+    no rows. Spaces around a
     name or cell are dropped, and so are control characters within it. How a column is encoded is
     decided on the training rows alone:
 
@@ -72,13 +76,15 @@ def csv(
     ----------
     train, test:
         Paths. Without ``test``, ``test_fraction`` of the rows of ``train`` become the test part,
-        stratified by class, chosen by ``seed``.
+        stratified by class where there is one target, chosen by ``seed``.
     target:
-        The column to predict. None, or a column that only the test file has: training rows
+        The column to predict. Several are the labels of a multi-label task, which hold (1 or
+        true) or not (0 or false). None, or columns that only the test file has: training rows
         without labels.
     regression:
-        The target is a number (float32 [N, 1]). Otherwise each of its values is a class; classes
-        are sorted by name, or by number when all of them are integers.
+        The target is a number (float32 [N, 1]), several are [N, K]. Otherwise each value of a
+        single target is a class; classes are sorted by name, or by number when all of them are
+        integers.
 
     Raises
     ------
@@ -90,14 +96,15 @@ def csv(
     """
     if regression and target is None:
         raise UsageError("csv: regression needs a target; name the column to predict")
-    learn, judge = _tables(train, test, target, regression, seed, test_fraction)
-    features = _features(learn, judge, target)
-    classes = None if target is None or regression else _classes(learn, judge, target)
+    targets = _named(target)
+    learn, judge = _tables(train, test, targets, regression, seed, test_fraction)
+    features = _features(learn, judge, targets)
+    classes = _classes(learn, judge, targets) if targets and not regression else None
     encoders = [_encoder(learn, name) for name in features]
     parts = [
         TensorSource(
             np.concatenate([encode(table) for encode in encoders], axis=1),
-            _labels(table, target, classes),
+            _labels(table, targets, classes),
             classes=classes,
             name=f"{Path(table.path).name} {part}",
         )
@@ -106,37 +113,55 @@ def csv(
     return consistent(parts[0], parts[1])
 
 
+def _named(target: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The columns to predict; one in a list is the same as one alone."""
+    targets = (target,) if isinstance(target, str) else tuple(target or ())
+    if target is not None and not targets:
+        raise UsageError("csv: target is an empty list; name the columns to predict")
+    for place, name in enumerate(targets):
+        if name in targets[:place]:
+            raise UsageError(f"csv: target names '{name}' twice; each column is one label")
+    return targets
+
+
 def _tables(
-    train: str, test: str | None, target: str | None, regression: bool, seed: int, fraction: float
+    train: str,
+    test: str | None,
+    targets: tuple[str, ...],
+    regression: bool,
+    seed: int,
+    fraction: float,
 ) -> tuple[_Table, _Table]:
     learn = _read(train)
     if test is not None:
         judge = _read(test)
-        if target is not None and target not in judge.names:
-            raise _unknown(judge, target)
+        _check_known(judge, targets)
+        if any(name in learn.names for name in targets):
+            _check_known(learn, targets)
         return learn, judge
+    _check_known(learn, targets)
     groups: NDArray[np.int64] | None = None
-    if target is not None:
-        if target not in learn.names:
-            raise _unknown(learn, target)
-        if not regression:
-            groups = np.unique(learn.column(target), return_inverse=True)[1]
+    if len(targets) == 1 and not regression:
+        groups = np.unique(learn.column(targets[0]), return_inverse=True)[1]
     rest, part = strata(groups, len(learn.rows), fraction, seed=seed, name=train)
     return learn.part(rest), learn.part(part)
 
 
-def _unknown(table: _Table, target: str) -> DataError:
-    return DataError(
-        f"{table.path}: no column '{target}' for target; {suggest(target, table.names)}"
-    )
+def _check_known(table: _Table, targets: tuple[str, ...]) -> None:
+    for name in targets:
+        if name not in table.names:
+            raise DataError(
+                f"{table.path}: no column '{name}' for target; {suggest(name, table.names)}"
+            )
 
 
-def _features(learn: _Table, judge: _Table, target: str | None) -> list[str]:
-    features = [name for name in learn.names if name != target]
+def _features(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[str]:
+    features = [name for name in learn.names if name not in targets]
     if not features:
-        raise DataError(f"{learn.path}: no column besides the target '{target}'; add inputs")
+        named = f"the target '{targets[0]}'" if len(targets) == 1 else "the targets"
+        raise DataError(f"{learn.path}: no column besides {named}; add inputs")
     for table, others in ((learn, judge), (judge, learn)):
-        extra = [name for name in table.names if name not in others.names and name != target]
+        extra = [name for name in table.names if name not in (*others.names, *targets)]
         if extra:
             raise DataError(
                 f"{table.path}: column '{extra[0]}' is not in {others.path}; both files need the "
@@ -149,8 +174,11 @@ def _read(path: str) -> _Table:
     # The limit is the csv module's own and global, so it is put back for whoever set it.
     limit = reader.field_size_limit(_FIELD_BYTES)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             return _table(path, file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: is no whole gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     finally:
@@ -256,7 +284,10 @@ def _one_hot(learn: _Table, name: str) -> _Encoder:
     return encode
 
 
-def _classes(learn: _Table, judge: _Table, target: str) -> list[str]:
+def _classes(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[str]:
+    if len(targets) > 1:
+        return list(targets)
+    target = targets[0]
     table = learn if target in learn.names else judge
     found = set(_targets(table, target))
     if len(found) > _MOST_CLASSES:
@@ -273,13 +304,36 @@ def _classes(learn: _Table, judge: _Table, target: str) -> list[str]:
     return sorted(found, key=lambda name: (int(name) if integers else 0, name))
 
 
-def _labels(table: _Table, target: str | None, classes: list[str] | None) -> Array | None:
-    if target is None or target not in table.names:
+def _labels(table: _Table, targets: tuple[str, ...], classes: list[str] | None) -> Array | None:
+    if not targets or targets[0] not in table.names:
         return None
-    cells = _targets(table, target)
     if classes is None:
-        values = [_required_number(table, row, target, cell) for row, cell in enumerate(cells)]
-        return np.array(values, np.float32)
+        return np.stack([_numbers(table, name) for name in targets], axis=1)
+    if len(targets) > 1:
+        return np.stack([_yes_or_no(table, name) for name in targets], axis=1)
+    return _class_numbers(table, targets[0], classes)
+
+
+def _numbers(table: _Table, target: str) -> Array:
+    cells = enumerate(_targets(table, target))
+    return np.array([_required_number(table, row, target, cell) for row, cell in cells], np.float32)
+
+
+def _yes_or_no(table: _Table, target: str) -> Array:
+    cells = _targets(table, target)
+    for row, cell in enumerate(cells):
+        if cell.lower() not in _YES_OR_NO and _number(cell) not in (0, 1):
+            raise DataError(
+                f"{table.at(row)}: '{_shown(cell)}' in column '{target}' is neither 0 nor 1, and "
+                "each of several targets is a label that holds or not; repair the cell, or give "
+                "regression: true if the targets are numbers"
+            )
+    values = [_YES_OR_NO.get(cell.lower(), _number(cell)) for cell in cells]
+    return np.array(values, np.uint8)
+
+
+def _class_numbers(table: _Table, target: str, classes: list[str]) -> Array:
+    cells = _targets(table, target)
     place = {name: index for index, name in enumerate(classes)}
     for row, cell in enumerate(cells):
         if cell not in place:

@@ -10,8 +10,8 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 """``inputs`` float32 [n, ...], ``labels`` (absent when there are none) and ``ids`` int64 [n].
 
-Labels are int64 [n] for classes and float32 [n, K] for regression; after ``mixup`` or ``cutmix``
-the labels of classes are float32 [n, C] probabilities.
+Labels are int64 [n] for classes, float32 [n, C] of 0 and 1 for multi-label and float32 [n, K] for
+regression; after ``mixup`` or ``cutmix`` the labels of classes are float32 [n, C] probabilities.
 """
 
 Augmentation = Annotated[Callable[..., Batch], "room:augmentations"]

@@ -12,7 +12,7 @@ from attar.evaluation.intervals import (
 from attar.evaluation.judge import compare, judge
 from attar.evaluation.rows import Evaluation, collect, evaluate
 from attar.evaluation.table import table
-from attar.evaluation.verdict import Goal, ModelReport, Verdict
+from attar.evaluation.verdict import Goal, ModelReport, Seen, Verdict
 
 __all__ = [
     "Cost",
@@ -22,6 +22,7 @@ __all__ = [
     "Goal",
     "ModelReport",
     "Resampled",
+    "Seen",
     "Verdict",
     "bootstrap",
     "collect",

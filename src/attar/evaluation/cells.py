@@ -29,6 +29,13 @@ HINTS = {
     "cross_entropy": "how surprised the model is by the right answers, in nats; lower is better",
     "calibration_error": "how far its confidence is from how often it is right; lower is better",
     "balanced_accuracy": "mean of the classes' accuracies, each class counting the same",
+    "mean_average_precision": "mean of the classes' average precisions, with its 95 % interval",
+    "micro_f1": "of precision and recall, over all answers together",
+    "macro_f1": "of precision and recall, mean of the classes",
+    "subset_accuracy": "how often all classes of an example are answered right",
+    "hamming_loss": "share of wrong answers over examples and classes; lower is better",
+    "binary_cross_entropy": "how surprised the model is by each right answer, in nats; lower is"
+    " better",
     "rmse": "root mean squared error, in the target's units; lower is better",
     "mae": "mean absolute error, in the target's units; lower is better",
     "r2": "share of the variance explained; 1 is perfect",
@@ -68,7 +75,7 @@ def table(verdict: Verdict) -> dict[str, Any]:
     """Quality and cost of each model, as titles, sections, rows and cells."""
     names = columns(verdict)
     quality = [*_scores(verdict), *_towards_teacher(verdict)]
-    sections = [("Quality", quality), ("Cost", _costs(verdict))]
+    sections = [("Learned from", _seen(verdict)), ("Quality", quality), ("Cost", _costs(verdict))]
     return {
         "columns": [{"key": name, "title": clean(_title(verdict, name))} for name in names],
         "sections": [
@@ -92,6 +99,18 @@ def _told(row: Row, names: list[str]) -> bool:
 
 def _pick(row: Row, names: list[str]) -> Row:
     return row | {"cells": [row["cells"][name] for name in names]}
+
+
+def _seen(verdict: Verdict) -> list[Row]:
+    """The rows of each model, where they are not the same for all."""
+    if len(set(verdict.saw.values())) < 2:
+        return []
+    notes = {seen: f"{seen.labelled:,} labelled" for seen in verdict.saw.values()}
+    notes |= {seen: "all labelled" for seen in notes if seen.labelled == seen.rows}
+    notes |= {seen: "no labels" for seen in notes if not seen.labelled}
+    told = {name: cell(f"{seen.rows:,}", notes[seen]) for name, seen in verdict.saw.items()}
+    made = {name: told.get(name, cell()) for name in verdict.models}
+    return [{"label": "training rows", "hint": "which each learned from", "cells": made}]
 
 
 def _scores(verdict: Verdict) -> list[Row]:
@@ -267,7 +286,9 @@ def class_table(verdict: Verdict) -> dict[str, Any] | None:
     against = f"against {TITLES.get(verdict.against, verdict.against)}" if verdict.against else ""
     unit = ", in percent" if is_share(verdict.metric) else ""
     return {
-        "caption": f"{title(verdict.metric)} of each class{unit}".capitalize(),
+        # What is a mean over the classes is one number of it for each class.
+        "caption": f"{title(verdict.metric).removeprefix('mean ')} of each class"
+        f"{unit}".capitalize(),
         "columns": ["class", "examples", *heads, *([against] if against else [])],
         "rows": [_class_row(verdict, index, kind, names) for index, kind in enumerate(judged)],
     }

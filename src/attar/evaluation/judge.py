@@ -13,7 +13,7 @@ from attar.evaluation.cost import Cost
 from attar.evaluation.cost import costs as measured_costs
 from attar.evaluation.intervals import ALPHA, RESAMPLES, Difference, Estimate, Resampled
 from attar.evaluation.rows import collect
-from attar.evaluation.verdict import Goal, ModelReport, Outcome, Verdict
+from attar.evaluation.verdict import Goal, ModelReport, Outcome, Seen, Verdict
 from attar.runtime import UsageError, suggest
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def judge(
     teacher_share: float | None = None,
     retain: float | None = None,
     called: str = "distilled",
+    saw: Mapping[str, Seen] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Verdict:
@@ -55,6 +56,7 @@ def judge(
         teacher_share: the share of the distillation's time that was spent asking the teacher.
         retain: the goal: the share of the teacher's metric to keep, as 0.99.
         called: what the judged student is called.
+        saw: the rows that each learned from, by role.
         resamples, seed: of the bootstrap.
 
     Raises:
@@ -94,6 +96,7 @@ def judge(
         resamples=resamples,
         labels=_class_counts(labels, models["distilled"].per_class),
         called=called,
+        saw=saw or {},
     )
 
 
@@ -202,8 +205,10 @@ def _goal(retain: float, found: Estimate | None, examples: int) -> Goal:
 def _class_counts(
     labels: torch.Tensor, per_class: dict[str, float] | None
 ) -> tuple[int, ...] | None:
-    if not per_class or labels.is_floating_point():
+    if not per_class:
         return None
+    if labels.is_floating_point():  # multi-label: a column of 0 and 1 for each class
+        return tuple(labels.sum(0).long().tolist())
     return tuple(torch.bincount(labels, minlength=len(per_class)).tolist())
 
 

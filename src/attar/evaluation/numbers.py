@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from attar.evaluation.intervals import Estimate
 
-SHARES = {"agreement", "calibration_error", "f1", "gap_closed", "precision", "recall", "retention"}
+SHARES = {"agreement", "calibration_error", "gap_closed", "hamming_loss", "recall", "retention"}
 
 
 def is_share(name: str) -> bool:
     """Whether a metric of this name is a share of 1 and shown in percent."""
-    return name in SHARES or name.endswith("accuracy")
+    return name in SHARES or name.endswith(("accuracy", "f1", "precision"))
 
 
 def title(name: str) -> str:

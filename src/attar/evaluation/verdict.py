@@ -17,6 +17,19 @@ Outcome = Literal["better", "no difference", "worse", "not compared"]
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model learned from.
+
+    Attributes:
+        rows: how many.
+        labelled: how many of them with their labels.
+    """
+
+    rows: int
+    labelled: int
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """What is known of one model.
 
@@ -81,6 +94,7 @@ class Verdict:
         labels: the examples of each class in the test set.
         called: what the judged student is called: "distilled", or "transferred" where it inherits
             weights and asks no teacher.
+        saw: the rows that each model learned from, by role, where a run knows them.
     """
 
     metric: str
@@ -98,6 +112,7 @@ class Verdict:
     resamples: int = 1000
     labels: tuple[int, ...] | None = field(default=None, repr=False)
     called: str = "distilled"
+    saw: Mapping[str, Seen] = field(default_factory=dict)
 
     @property
     def headline(self) -> str:
@@ -126,6 +141,7 @@ class Verdict:
                 "outcome": self.outcome,
                 "against": self.against,
                 "called": self.called,
+                "saw": {name: asdict(seen) for name, seen in self.saw.items()},
                 "metric": self.metric,
                 "percent": is_share(self.metric),
                 "higher_is_better": self.higher_is_better,

@@ -32,6 +32,12 @@ AGAINST = {
 }
 
 
+def _alone(verdict: Verdict) -> int | None:
+    """The labels that the baseline had, where the student was given other rows; else None."""
+    one, other = (verdict.saw.get(name) for name in ("baseline", "distilled"))
+    return None if one is None or other is None or one == other else one.labelled
+
+
 def headline(verdict: Verdict) -> str:
     """The verdict in one line."""
     metric, examples = verdict.metric, verdict.examples
@@ -44,10 +50,16 @@ def headline(verdict: Verdict) -> str:
         return f"NOT COMPARED, there is no baseline: {title(metric)} {value} {interval} {basis}"
     other = show(metric, verdict.models[verdict.against].primary.value, digits=digits)
     return (
-        f"{OUTCOMES[verdict.outcome]} {AGAINST[verdict.against]}: {title(metric)} {value} against "
+        f"{OUTCOMES[verdict.outcome]} {_against(verdict)}: {title(metric)} {value} against "
         f"{other}, {change(metric, verdict.difference, examples)}, "
         f"{probability(verdict.difference.p)} {basis}"
     )
+
+
+def _against(verdict: Verdict) -> str:
+    alone = _alone(verdict)
+    of = "" if alone is None else f" of {count(alone, 'label')}"
+    return AGAINST[verdict.against or "baseline"] + of
 
 
 def goal_line(goal: Goal, verdict: Verdict) -> str:
@@ -83,13 +95,16 @@ def summary(verdict: Verdict) -> list[str]:
 def _reached(verdict: Verdict) -> str:
     metric, digits = verdict.metric, digits_for(verdict.examples)
     value = show(metric, verdict.models["distilled"].primary.value, digits=digits)
-    line = f"Taught by the teacher, the student reaches {_with_article(metric)} of {value}"
+    alone, seen = _alone(verdict), verdict.saw.get("distilled")
+    on = "" if alone is None or seen is None else f" on {count(seen.rows, 'row')}"
+    line = f"Taught by the teacher{on}, the student reaches {_with_article(metric)} of {value}"
     if verdict.against is None:
         return line + "."
     other = show(metric, verdict.models[verdict.against].primary.value, digits=digits)
     if verdict.against == "start":
         return f"{line}; before it was taught, it had {other}."
-    return f"{line}. The same student, trained on the labels alone, reaches {other}."
+    labels = "the labels" if alone is None else f"the {count(alone, 'labelled row')}"
+    return f"{line}. The same student, trained on {labels} alone, reaches {other}."
 
 
 def _with_article(metric: str) -> str:
@@ -158,10 +173,7 @@ def method(verdict: Verdict) -> list[str]:
             "models are compared on the same examples."
         )
     if verdict.against == "baseline":
-        lines.append(
-            "Baseline: the same student with the same start, data, steps and seeds, trained on "
-            "the labels alone."
-        )
+        lines.append(_baseline_method(verdict))
     if verdict.floor is not None:
         floor = show(verdict.metric, verdict.floor, digits=digits_for(verdict.examples))
         metric = _with_article(verdict.metric)
@@ -174,6 +186,20 @@ def method(verdict: Verdict) -> list[str]:
         )
         lines.append("Multiply-adds: matrix products, convolutions and attention of one example.")
     return lines
+
+
+def _baseline_method(verdict: Verdict) -> str:
+    alone = _alone(verdict)
+    if alone is None:
+        return (
+            "Baseline: the same student with the same start, data, steps and seeds, trained on "
+            "the labels alone."
+        )
+    return (
+        "Baseline: the same student with the same start, steps and seeds, trained on the "
+        f"{count(alone, 'row')} that have labels; each comes up as often as makes as many steps. "
+        "Which rows have labels is drawn once, so the intervals do not cover the luck of that draw."
+    )
 
 
 def _interval_method(seeds: int, examples: str, resamples: int) -> str:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import attar
-from attar.evaluation import Verdict, cells
+from attar.evaluation import Verdict
 from attar.exporting.artefact import Artefact
 from attar.runtime import UsageError, suggest
-from attar.tasks import Regression, Task
-from attar.tasks.classification import Classification, ImageClassification
+from attar.tasks import ImageClassification, MultiLabelClassification, Regression, Task
+from attar.tasks.classes import ClassTask
+from attar.tasks.classification import Classification
 
 SHOWN = 100  # classes that are named
 LONGEST = 300  # signs of one text from outside
@@ -75,14 +76,14 @@ HOW = {
 class Card(TypedDict, total=False):
     """What a model card tells that the module does not know. Texts are written as they are read.
 
-    ``name`` of the student, ``teacher``, ``data``; the ``verdict`` with its headline and table;
-    the ``date``, today's when left out.
+    ``name`` of the student, ``teacher``, ``data``; the ``verdict`` with its headline and table, as
+    it is or as a run wrote it (``verdict.json``); the ``date``, today's when left out.
     """
 
     name: str
     teacher: str
     data: str
-    verdict: Verdict
+    verdict: Verdict | Mapping[str, Any]
     date: str
 
 
@@ -94,10 +95,10 @@ def check_card(card: Mapping[str, Any], licences: Mapping[str, Any]) -> None:
     for name, value in card.items():
         if name not in Card.__annotations__:
             raise UsageError(f"a card has no '{name}'; {suggest(name, Card.__annotations__)}")
-        kind = Verdict if name == "verdict" else str
-        if not isinstance(value, kind):
+        kinds = (Verdict, Mapping) if name == "verdict" else (str,)
+        if not isinstance(value, kinds):
             raise UsageError(
-                f"the card's {name} must be a {kind.__name__}, not {type(value).__name__}"
+                f"the card's {name} must be a {kinds[0].__name__}, not {type(value).__name__}"
             )
 
 
@@ -158,7 +159,7 @@ def _facts(
         f"- teacher: {escaped(card.get('teacher', 'not stated'))}",
         f"- data: {escaped(card.get('data', 'not stated'))}",
         f"- task: {escaped(type(task).__name__) if task else 'not stated'}",
-        f"- input: [n, {shape}], {_dtype(examples)}{_scale(task)}",
+        f"- input: [n, {shape}], {_dtype(examples)}{_scale(task, examples)}",
         f"- output: [n, {width}], {_dtype(outputs)}{_meaning(task)}",
         *_classes(task),
     ]
@@ -179,9 +180,10 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _scale(task: Task | None) -> str:
+def _scale(task: Task | None, examples: Tensor) -> str:
     """How pixels become numbers; what else is done to them, the network does itself."""
-    if not isinstance(task, ImageClassification):
+    images = isinstance(task, MultiLabelClassification) and examples.ndim == 4
+    if not (images or isinstance(task, ImageClassification)):
         return ""
     return ", pixels / 255, so in [0, 1]; all other normalising is inside the network"
 
@@ -191,11 +193,13 @@ def _meaning(task: Task | None) -> str:
         mean = [round(value, 6) for value in (task.mean or ())]
         std = [round(value, 6) for value in (task.std or ())]
         return f", standardised: value = output x std + mean, with mean {mean} and std {std}"
+    if isinstance(task, MultiLabelClassification):
+        return ", logits in the order of the classes; the sigmoid of each is its probability"
     return ", logits in the order of the classes" if isinstance(task, Classification) else ""
 
 
 def _classes(task: Task | None) -> list[str]:
-    if not isinstance(task, Classification):
+    if not isinstance(task, ClassTask):
         return []
     names = task.names()
     shown = ", ".join(map(escaped, names[:SHOWN]))
@@ -203,11 +207,12 @@ def _classes(task: Task | None) -> list[str]:
     return [f"- classes ({len(names)}): {shown}{more}"]
 
 
-def _result(verdict: Verdict | None) -> list[str]:
+def _result(verdict: Verdict | Mapping[str, Any] | None) -> list[str]:
     if verdict is None:
         return ["## Result", "Not stated: no verdict was given to this export."]
-    lines = [verdict.headline, *([verdict.goal_line] if verdict.goal_line else [])]
-    told = cells.table(verdict)
+    written = verdict.to_json() if isinstance(verdict, Verdict) else verdict
+    lines = [line for line in (written["headline"], written["goal_line"]) if line]
+    told = written["table"]
     rows = [
         "| | " + " | ".join(escaped(column["title"]) for column in told["columns"]) + " |",
         "|---|" + "---:|" * len(told["columns"]),

@@ -22,7 +22,7 @@ from attar.exporting.tracing import pt2_bytes, pt2_run, traced
 from attar.models import families, load, save
 from attar.runtime import UsageError, first_line, suggest, write_atomic
 from attar.runtime.files import at_work, make_folder, remove, sync_folder
-from attar.tasks import Regression, Task
+from attar.tasks import Task
 
 Format = Literal["safetensors", "onnx", "torch_export"]
 
@@ -85,7 +85,7 @@ def export(
     with evaluating(module, torch.device("cpu")), _draft_of(target) as draft:
         outputs = _outputs(module, examples)
         runs = _written(module, draft, formats, task, examples)
-        ordered = not isinstance(task, Regression)
+        ordered = task is None or task.competing
         made = [
             _artefact(name, draft, target, run, module, examples, ordered)
             for name, run in runs.items()

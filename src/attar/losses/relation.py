@@ -228,6 +228,35 @@ def _congruence(directions: Tensor, gamma: float) -> Tensor:
     return (1 + scaled + scaled.square() / 2) * math.exp(-2 * gamma)
 
 
+def cosine_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosines between examples (topology distillation, FTD): mean_ij (c_ij(s) - c_ij(t))².
+
+    c_ij is the cosine of two examples.
+
+    Shapes: student and teacher [N, D] or [N, ...], flattened; sizes but N may differ. Returns a
+    scalar, in [0, 4]. It compares the examples of the batch with one another, so the value depends
+    on the batch; one example alone gives 0. A zero vector is at cosine 0 from all, without
+    gradient; where that is the teacher's it has no topology and its pairs count 0.
+
+    Paper: Kang et al., "Topology Distillation for Recommender System", KDD 2021, of the users and
+    items of a batch together. The official code adds up instead: weight_ours = weight_theirs · N².
+    Its hierarchical form (HTD), with trained groups, is not part of it.
+
+    Neighbours: unchanged by rotations, and by the length of each vector. `similarity_preserving`
+    normalises rows of products, `probabilistic_transfer` compares them as distributions.
+
+    >>> import torch
+    >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> cosine_relation(student, torch.tensor([[1.0], [1.0]]))
+    tensor(0.5000)
+    """
+    student, teacher = flat_pair(student, teacher)
+    mine, theirs = unit(student), unit(teacher)
+    known = (torch.linalg.vector_norm(teacher, dim=1) > 0).to(teacher.dtype)
+    gap = mine @ mine.T - theirs @ theirs.T
+    return _mean(gap.square() * known * known.unsqueeze(1))
+
+
 def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     """Centred kernel alignment (CKA), linear: 1 - ⟨K(s), K(t)⟩ / (‖K(s)‖ ‖K(t)‖).
 

@@ -14,3 +14,5 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Lt(1)]
+# One tensor, or several that are compared pair by pair.
+Tensors = Tensor | tuple[Tensor, ...]

@@ -5,13 +5,16 @@ from attar.models.architectures import transformers
 from attar.models.build import build, families
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
+from attar.models.group import Group
 from attar.models.hub import is_foreign, own_classes, pretrained
+from attar.models.reuse import reuse_head
 from attar.models.store import load, load_weights, read_extra, save
 from attar.models.timm_models import timm
 from attar.models.transfer import Transfer, head_of, transfer, transferable
 from attar.models.transformer import vit
 
 __all__ = [
+    "Group",
     "Transfer",
     "build",
     "families",
@@ -26,6 +29,7 @@ __all__ = [
     "projectors",
     "read_extra",
     "resnet",
+    "reuse_head",
     "save",
     "timm",
     "transfer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -32,6 +33,7 @@ PIXELS = "preprocessor_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HALF = 0.5
 _LIMIT = 1 << 20  # bytes
+_PATIENCE = 5.0  # seconds for a first answer of the hub
 
 
 def pretrained(
@@ -70,10 +72,11 @@ def pretrained(
     """
     image = image_shape(shape, "pretrained")
     with _quiet():
-        config = _config(path)
+        how = _reached(path)
+        config = _config(path, how)
         values = {name: getattr(config, name) for name in config_values(config.model_type)}
-        pixels = _pixels(path, values.get("image_size"))
-        model, absent = _model(path, config)
+        pixels = _pixels(path, values.get("image_size"), how)
+        model, absent = _model(path, config, how)
         order = _order(path, config, outputs, labels, headless=bool(absent))
         if isinstance(order, str) and head == "keep":
             raise DataError(f"{path}: {order}")
@@ -97,16 +100,39 @@ def is_foreign(path: str) -> bool:
 def own_classes(path: str) -> list[str]:
     """What the classes of a model for `pretrained` are called, in its own order."""
     with _quiet():
-        names = _config(path).id2label
+        names = _config(path, _reached(path)).id2label
     return [str(names[index]) for index in range(len(names))]
 
 
-def _config(path: str) -> Any:
+def _reached(path: str) -> dict[str, Any]:
+    """How to ask for *path*: of what was downloaded before alone, where the hub does not answer.
+
+    One attempt of a few seconds, and it is said: the hub's own library tries for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    if Path(path).exists() or not _HUB_ID.fullmatch(path) or constants.HF_HUB_OFFLINE:
+        return {}
+    _tell(f"asking the hub, {constants.ENDPOINT}, for {path}")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # of whichever library it asks with
+        said = " ".join(printable(str(error)).split())[:120] or type(error).__name__
+        _tell(f"it does not answer ({said}); looking for an earlier download of {path}")
+        return {"local_files_only": True}
+    return {}
+
+
+def _tell(line: str) -> None:
+    print(f"attar: {line}", file=sys.stderr, flush=True)
+
+
+def _config(path: str, how: dict[str, Any]) -> Any:
     """The config of the model at *path*, of an architecture that attar reads."""
     hf = library()
     _check_folder(path)
     with _explained(path):
-        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False, **how)
     if config.model_type not in architectures():
         raise DataError(
             f"{path}: is a {printable(str(config.model_type))[:80]}, which is no image classifier "
@@ -133,7 +159,7 @@ def _check_folder(path: str) -> None:
         raise DataError(f"{path}: holds no model.safetensors; save it with save_pretrained")
 
 
-def _model(path: str, config: Any) -> tuple[Any, set[str]]:
+def _model(path: str, config: Any, how: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model with the folder's weights, and the tensors that the folder did not have."""
     kind = getattr(library(), architectures()[config.model_type])
     with _explained(path):
@@ -143,6 +169,7 @@ def _model(path: str, config: Any) -> tuple[Any, set[str]]:
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
+            **how,
         )
     absent = set(info["missing_keys"])
     if lost := sorted(absent - head_tensors(config)):
@@ -222,9 +249,9 @@ def _with_head(model: Any, config: Any, order: list[int] | str, absent: set[str]
     return fresh
 
 
-def _pixels(path: str, image_size: Any) -> dict[str, Any]:
+def _pixels(path: str, image_size: Any, how: dict[str, Any]) -> dict[str, Any]:
     """Size, mean and deviation that the folder's image processor makes of pixels in [0, 1]."""
-    found = _read_pixels(path)
+    found = _read_pixels(path, how)
     if found is None:
         size = _size(image_size)
         return {"size": size, "mean": (_HALF,), "std": (_HALF,)}
@@ -242,12 +269,12 @@ def _pixels(path: str, image_size: Any) -> dict[str, Any]:
         ) from None
 
 
-def _read_pixels(path: str) -> dict[str, Any] | None:
+def _read_pixels(path: str, how: dict[str, Any]) -> dict[str, Any] | None:
     from transformers.utils.hub import cached_file
 
     # A file that is not there is one thing; a network that fails must not pass for it.
     with _explained(path):
-        file = cached_file(path, PIXELS, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(path, PIXELS, _raise_exceptions_for_missing_entries=False, **how)
     if file is None:
         return None
     with open(file, "rb") as opened:

@@ -27,6 +27,7 @@ from attar.models.record import (
     printable,
     read_record,
 )
+from attar.models.reuse import FAMILY, reused
 from attar.models.state import (
     aliases_of,
     check_apart,
@@ -187,7 +188,7 @@ def _build_record(
 
 
 def _rebuilt(path: Path, record: Record, more: Mapping[str, Family] | None) -> nn.Module:
-    known = known_families(more)
+    known = known_families(more) | {FAMILY: reused}
     if record.family is None:
         raise DataError(
             f"{path}: the model was not made by attar.models.build, so its file does not say how "

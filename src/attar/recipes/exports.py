@@ -14,9 +14,11 @@ from attar.evaluation import Verdict
 from attar.exporting import Artefact, check_export, export
 from attar.exporting.card import described
 from attar.exporting.export import MOST
+from attar.models import read_extra
 from attar.recipes.rooms import SUPPLIED
+from attar.reporting.page import read_verdict
 from attar.reporting.redaction import redacted
-from attar.runtime import PreflightError
+from attar.runtime import DataError, PreflightError
 
 if TYPE_CHECKING:
     from attar.recipes.job import Job
@@ -54,23 +56,45 @@ def examples(source: Source, most: int = MOST) -> Tensor:
     return batch["inputs"]
 
 
-def export_student(
-    job: Job, student: nn.Module, run: Path, *, name: str, data: str, seed: int, verdict: Verdict
-) -> list[Artefact]:
-    """Write *student* into the run's ``export/``, whole or not at all, with its card.
+def told(job: Job, *, name: str, data: str, seed: int) -> dict[str, str]:
+    """What a card tells of the student but for its verdict; kept with the saved student too.
 
     Args:
         name: of the recipe.
         data, seed: what it was trained on, in words, and the seed that validation liked best.
     """
     which = f" (seed {seed})" if job.recipe.seeds > 1 else ""
-    told = {"name": f"{name} student{which}", "teacher": described(job.teacher), "data": data}
+    card = {"name": f"{name} student{which}", "teacher": described(job.teacher), "data": data}
+    return {field: redacted(text) for field, text in card.items()}
+
+
+def told_of(model: Path) -> dict[str, Any]:
+    """What a card tells of the student that a run saved in *model*, with the run's verdict.
+
+    Raises:
+        DataError: the run's verdict cannot be read.
+    """
+    card = read_extra(model).get("card")
+    path = model.resolve().parent / "verdict.json"
+    if not isinstance(card, dict) or not path.is_file():
+        return card if isinstance(card, dict) else {}
+    verdict = read_verdict(path)
+    if lost := {"headline", "goal_line", "table"} - verdict.keys():
+        raise DataError(f"{path}: has no '{min(lost)}', so the card cannot tell it; move it away")
+    return card | {"verdict": verdict}
+
+
+def export_student(
+    job: Job, student: nn.Module, run: Path, *, card: dict[str, str], verdict: Verdict
+) -> list[Artefact]:
+    """Write *student* into the run's ``export/``, whole or not at all, with its card."""
+    whole: Any = {**card, "verdict": verdict}
     made = export(
         student,
         run / FOLDER,
         example=examples(job.test),
         task=job.task,
-        card={**redacted(told), "verdict": verdict},
+        card=whole,
         **(job.recipe.exporting or {}),
     )
     return list(made.values())

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from attar.data import Source, split
-from attar.evaluation import bootstrap, collect, count_macs
+from attar.data import Source
+from attar.evaluation import Seen, bootstrap, collect, count_macs
 from attar.models import build, is_foreign, load, load_weights, own_classes, pretrained, read_extra
 from attar.recipes import exports
+from attar.recipes.parts import Parts, parted
 from attar.recipes.recipe import Recipe, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
 from attar.runtime import DataError, PreflightError, eval_mode
@@ -35,14 +36,25 @@ class Job:
     """A recipe whose data, task and models exist: ready to be checked and run."""
 
     recipe: Recipe
-    train: Source
-    validation: Source
-    test: Source
+    parts: Parts
     task: Task
     teacher: nn.Module
     common: dict[str, Any]
-    whole: Source
-    """What a teacher is trained on: all training rows, also where the student is given fewer."""
+
+    @property
+    def train(self) -> Source:
+        """The rows of which the student asks the teacher."""
+        return self.parts.student
+
+    @property
+    def validation(self) -> Source:
+        """The rows that choose epochs."""
+        return self.parts.validation
+
+    @property
+    def test(self) -> Source:
+        """The rows that only report."""
+        return self.parts.test
 
     @property
     def teaching(self) -> dict[str, Any] | None:
@@ -59,6 +71,13 @@ class Job:
         return any(verb(stage) is distill for stage in self.recipe.stages)
 
     @property
+    def chooses(self) -> bool:
+        """Whether validation chose the epoch of the student that is judged."""
+        stage = self.recipe.trainings[-1]
+        options = stage.keywords if isinstance(stage, partial) else {}
+        return options.get("keep", "best") == "best"
+
+    @property
     def called(self) -> str:
         """What the student is called when it is done."""
         return "distilled" if self.distils else "transferred"
@@ -69,9 +88,25 @@ class Job:
         return "teacher" if self.distils else "source"
 
     @property
+    def called_data(self) -> str:
+        """The name of the data without that of a part: "photos train" and "photos test"."""
+        names = [source.name.split() for source in (self.train, self.test)]
+        return " ".join(w for w in names[0] if w in names[1]) or self.train.name
+
+    @property
     def labelled(self) -> bool:
         """Whether there can be a baseline: the same student on labels alone."""
-        return self.train.labels is not None
+        return self.parts.alone.labels is not None
+
+    @property
+    def saw(self) -> dict[str, Seen]:
+        """How many rows each arm learns from, and how many of them have labels."""
+        alone, shown = _seen(self.parts.labelled), _seen(self.train)
+        # What a stage on labels alone adds.
+        more = alone.labelled if any(verb(s) is not distill for s in self.recipe.trainings) else 0
+        found = {self.elder: _seen(self.parts.teacher)} if self.teaching is not None else {}
+        found["distilled"] = Seen(shown.rows, max(shown.labelled, more))
+        return found | ({"baseline": alone} if self.labelled else {})
 
     def student(self, number: int) -> nn.Module:
         """The student before training, for the seed of this *number*."""
@@ -84,10 +119,9 @@ class Job:
 def prepare(recipe: Recipe) -> Job:
     """Read the data, settle the task, make or load the teacher; trains nothing."""
     splits = recipe.data if isinstance(recipe.data, tuple) else recipe.data()
-    whole, validation, test = _three(splits, recipe)
-    train = _fewer(whole, recipe)
-    task = _task(recipe).fitted(train)
-    for part in (validation, test):
+    parts = parted(splits, recipe)
+    task = _task(recipe).fitted(parts.labelled)
+    for part in (parts.validation, parts.test):
         if part.labels is None:
             raise PreflightError(f"{part.name}: has no labels, which a verdict needs")
         task.fitted(part)
@@ -96,21 +130,9 @@ def prepare(recipe: Recipe) -> Job:
         "precision": recipe.precision,
         "parallel": recipe.parallel,
     }
-    job = Job(recipe, train, validation, test, task, nn.Identity(), common, whole)
+    job = Job(recipe, parts, task, nn.Identity(), common)
     teacher = seeded(recipe.seed, partial(_teacher_model, job))
     return replace(job, teacher=_projected(job, teacher))
-
-
-def _fewer(train: Source, recipe: Recipe) -> Source:
-    """The rows of the training split that the student is given."""
-    wanted, there = recipe.examples, len(train)
-    if wanted is None or wanted == there:
-        return train
-    if wanted > there:
-        raise PreflightError(
-            f"examples is {wanted:,}, but {train.name} has {there:,} training rows"
-        )
-    return split(train, wanted / there, seed=recipe.seed)[1]
 
 
 def _task(recipe: Recipe) -> Task:
@@ -133,18 +155,6 @@ def _taught_task(recipe: Recipe) -> Task | None:
         return None
     described = read_extra(plan.load).get("task")
     return None if described is None else restore(described)
-
-
-def _three(splits: Sequence[Source], recipe: Recipe) -> tuple[Source, Source, Source]:
-    """Training, validation and test; the validation is carved by seed where none is given."""
-    if len(splits) == 3:
-        return splits[0], splits[1], splits[2]
-    train, test = splits
-    if train.labels is not None:
-        return *split(train, recipe.validation, seed=recipe.seed), test
-    # Unlabelled training data cannot choose an epoch, so part of the labelled test data does.
-    rest, part = split(test, recipe.validation, seed=recipe.seed)
-    return train, part, rest
 
 
 def _teacher_model(job: Job) -> nn.Module:
@@ -171,7 +181,7 @@ def _teacher_model(job: Job) -> nn.Module:
 def _check_taught(taught: Task, job: Job) -> None:
     """The teacher's classes must be the student's, in the same order."""
     try:
-        taught.fitted(job.train)
+        taught.fitted(job.parts.labelled)
     except DataError as error:
         raise DataError(
             f"the teacher cannot teach these classes as it is: {error}; if it is meant to know "
@@ -188,7 +198,7 @@ def _projected(job: Job, model: nn.Module) -> nn.Module:
     if not isinstance(job.task, Classification):
         raise PreflightError("a teacher's classes are projected onto classes; the task has none")
     if plan.classes is None:
-        return project(model, job.train, job.task)
+        return project(model, job.parts.labelled, job.task)
     return renamed(model, _own_classes(plan.load), job.task, plan.classes)
 
 
@@ -235,15 +245,16 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 def check_job(job: Job) -> dict[str, Any]:
     """Try every stage on one batch; returns the plan as JSON."""
     if job.teaching is not None:
-        check_stage(job.teacher, None, job.whole, job.task, **job.teaching)
+        check_stage(job.teacher, None, job.parts.teacher, job.task, **job.teaching)
     elif job.distils:
         check_floor(job)
     student = job.student(0)
     copied(student)
     _check_question(job)
+    _check_label_weights(job)
     plan = {
         "data": {
-            "name": job.train.name,
+            "name": job.called_data,
             "train": len(job.train),
             "validation": len(job.validation),
             "test": len(job.test),
@@ -252,6 +263,7 @@ def check_job(job: Job) -> dict[str, Any]:
         },
         "teacher": _sizes(job, job.teacher),
         "student": _sizes(job, student),
+        "saw": {name: asdict(seen) for name, seen in job.saw.items()},
         "seeds": job.recipe.seeds,
         "stages": [_checked(job, student, stage) for stage in job.recipe.trainings],
     }
@@ -278,6 +290,29 @@ def _check_question(job: Job) -> None:
         )
 
 
+def _check_label_weights(job: Job) -> None:
+    """Where few rows have labels, the stages that ask the teacher go without."""
+    few = job.recipe.labels
+    if few is None:
+        return
+    if not job.distils:
+        raise PreflightError(
+            f"labels is {few:,}, but no stage is distill, so rows without labels are of no use; "
+            f"write examples: {few} instead, or add do: distill"
+        )
+    for index, stage in enumerate(job.recipe.trainings):
+        options = stage.keywords if isinstance(stage, partial) else {}
+        weight = options.get(
+            "label_weight", inspect.signature(distill).parameters["label_weight"].default
+        )
+        if verb(stage) is distill and weight:
+            raise PreflightError(
+                f"stage {index} has label_weight {weight}, but with labels: {few} its rows have "
+                "none; set label_weight: 0, and where the student is to see the labels too, add "
+                "a stage do: train after it"
+            )
+
+
 def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
     batch = job.train.rows(torch.arange(1))
     with eval_mode(model), torch.no_grad():
@@ -292,9 +327,22 @@ def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
 def _checked(job: Job, student: nn.Module, stage: Any) -> dict[str, Any]:
     if job.labelled:
         _, plain = stage_of(job, stage, with_teacher=False)
-        check_stage(student, None, job.train, job.task, **plain)
+        rows = rows_of_stage(job, stage, with_teacher=False)
+        check_stage(student, None, rows, job.task, **plain)
     teacher, options = stage_of(job, stage, with_teacher=True)
-    return check_stage(student, teacher, job.train, job.task, **options).to_json()
+    rows = rows_of_stage(job, stage, with_teacher=True)
+    return check_stage(student, teacher, rows, job.task, **options).to_json()
+
+
+def rows_of_stage(job: Job, stage: Any, *, with_teacher: bool) -> Source:
+    """What a stage learns from, taught or alone."""
+    if verb(stage) is not distill:
+        return job.parts.labelled
+    return job.parts.student if with_teacher else job.parts.alone
+
+
+def _seen(source: Source) -> Seen:
+    return Seen(len(source), 0 if source.labels is None else len(source))
 
 
 def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | None, dict[str, Any]]:

@@ -93,8 +93,11 @@ class Recipe:
         goal: what it has to keep.
         examples: how many of the training rows the student is given, the same share of each
             class; all when left out. A teacher that is trained here is given all.
+        labels: how many of the training rows have labels, the same share of each class. The
+            teacher and the baseline learn from them alone, the validation rows are some of them;
+            the distilled student is given all rows, and what the teacher says of them.
         validation: share of the training split that chooses the epoch, where the data bring no
-            split of their own.
+            split of their own; of the rows that ``labels`` leaves labelled.
         seed, seeds: the first seed, and how many the student is trained with.
         device, precision, parallel: as in ``attar.training.Plan``.
     """
@@ -106,6 +109,7 @@ class Recipe:
     stages: Sequence[Stage]
     goal: Goal | None = None
     examples: Annotated[int, Ge(2)] | None = None
+    labels: Annotated[int, Ge(2)] | None = None
     validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     seed: Annotated[int, Interval(ge=0, lt=MOST_SEED)] = 0
     seeds: Annotated[int, Ge(1)] = 1
@@ -120,6 +124,11 @@ class Recipe:
             )
         if not 0 < self.validation < 1:
             raise UsageError(f"validation is {self.validation}; it must be in (0, 1)")
+        if self.labels is not None and self.examples is not None:
+            raise ValueError(
+                "labels gives the student all rows and few labels, examples few rows; leave one of "
+                "them out"
+            )
         if not self.stages:
             raise ValueError("the recipe has no stages; add one, such as - do: distill")
         exports = [index for index, stage in enumerate(self.stages) if verb(stage) is export]

@@ -17,7 +17,15 @@ from attar.evaluation import Cost, Verdict, collect, costs, judge
 from attar.evaluation.curves import figures
 from attar.models import save
 from attar.recipes import exports
-from attar.recipes.job import Job, check_floor, check_job, copied, prepare, stage_of
+from attar.recipes.job import (
+    Job,
+    check_floor,
+    check_job,
+    copied,
+    prepare,
+    rows_of_stage,
+    stage_of,
+)
 from attar.recipes.recipe import Loaded, Recipe, TeacherPlan, load_recipe
 from attar.recipes.resume import check_resumable
 from attar.reporting import page
@@ -126,11 +134,11 @@ def run(
             say(f"data       {_described(job)}")
             desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
             taught = _teach(desk)
-            arms = _students(desk, loaded.full.get("data"))
+            arms = _students(desk, loaded)
             verdict = _judged(desk, taught, arms)
             made = {
                 "environment": _environment(loaded, job, ranks),
-                "exports": _exported(desk, loaded.name, arms["distilled"], verdict),
+                "exports": _exported(desk, loaded, arms["distilled"], verdict),
             }
             home.write("verdict.json", verdict.to_json() | made)
             if ranks.main:
@@ -205,7 +213,7 @@ def _teach(desk: Desk) -> Arm:
         done = fit(
             job.teacher,
             None,
-            job.whole,
+            job.parts.teacher,
             job.task,
             validation=job.validation,
             home=desk.home(arm="teacher", seed=job.recipe.seed),
@@ -223,7 +231,7 @@ def _teach(desk: Desk) -> Arm:
     return arm
 
 
-def _students(desk: Desk, data: Any) -> dict[str, Arm]:
+def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
     arms = {"start": Arm(), "baseline": Arm(), "distilled": Arm()}
     job = desk.job
     for number in range(job.recipe.seeds):
@@ -240,7 +248,7 @@ def _students(desk: Desk, data: Any) -> dict[str, Arm]:
             desk.say(f"{called + of:<16}{_score(desk, student)} on validation{took}")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
-            _save_best(desk, arms[name], "student" if name == "distilled" else name, data)
+            _save_best(desk, arms[name], "student" if name == "distilled" else name, loaded)
     return arms
 
 
@@ -254,7 +262,7 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
         done = fit(
             student,
             teacher,
-            job.train,
+            rows_of_stage(job, stage, with_teacher=teacher is not None),
             job.task,
             validation=job.validation,
             home=desk.home(arm=name, seed=seed, stage=index),
@@ -274,11 +282,18 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
     student.load_state_dict(chosen)
 
 
-def _save_best(desk: Desk, arm: Arm, folder: str, data: Any) -> None:
+def _save_best(desk: Desk, arm: Arm, folder: str, loaded: Loaded) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
     job, best = desk.job, _best(desk, arm)
+    told: dict[str, Any] = {"seed": job.recipe.seed + best, "data": loaded.full.get("data")}
+    if folder == "student":
+        told["card"] = _card(job, loaded, best)
+    desk.save(arm.finals[best].student, folder, task=job.task.describe(), **told)
+
+
+def _card(job: Job, loaded: Loaded, best: int) -> dict[str, str]:
     seed = job.recipe.seed + best
-    desk.save(arm.finals[best].student, folder, task=job.task.describe(), seed=seed, data=data)
+    return exports.told(job, name=loaded.name, data=_described(job), seed=seed)
 
 
 def _best(desk: Desk, arm: Arm) -> int:
@@ -295,7 +310,7 @@ def _figures(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> dict[str, Any]:
     return figures(job.task, job.test, rows, log=desk.run.folder / "metrics.jsonl", best=best)
 
 
-def _exported(desk: Desk, name: str, arm: Arm, verdict: Verdict) -> list[dict[str, Any]]:
+def _exported(desk: Desk, loaded: Loaded, arm: Arm, verdict: Verdict) -> list[dict[str, Any]]:
     """The saved student as files for others, where the recipe asks for them; by rank 0 alone."""
     job, best = desk.job, _best(desk, arm)
     if job.recipe.exporting is None:
@@ -307,9 +322,7 @@ def _exported(desk: Desk, name: str, arm: Arm, verdict: Verdict) -> list[dict[st
                 job,
                 arm.finals[best].student,
                 desk.run.folder,
-                name=name,
-                data=_described(job),
-                seed=job.recipe.seed + best,
+                card=_card(job, loaded, best),
                 verdict=verdict,
             )
             told = [artefact.to_json() for artefact in made]
@@ -328,13 +341,14 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
         others={} if job.distils else {job.elder: taught.rows},
         baseline=baseline.rows or None,
         distilled=distilled.rows,
-        last=distilled.last,
+        last=distilled.last if job.chooses else None,
         start=arms["start"].rows or None,
         costs=_costs(desk, arms),
         seconds={name: took for name, took in seconds.items() if took is not None},
         teacher_share=distilled.teacher_seconds / sum(distilled.seconds) if job.distils else None,
         retain=job.recipe.goal.retain if job.recipe.goal else None,
         called=job.called,
+        saw=job.saw,
         seed=job.recipe.seed,
     )
 
@@ -370,5 +384,8 @@ def _took(seconds: float | None) -> str:
 
 
 def _described(job: Job) -> str:
-    sizes = f"{len(job.train):,} train, {len(job.validation):,} validation, {len(job.test):,} test"
-    return f"{job.train.name}: {sizes}"
+    train = f"{len(job.train):,} train"
+    if job.recipe.labels is not None:
+        train += f", {len(job.parts.labelled):,} of them labelled"
+    held = f"{len(job.validation):,} validation, {len(job.test):,} test"
+    return f"{job.called_data}: {train}, {held}"

@@ -29,7 +29,7 @@ def page(run_folder: str | Path) -> Path:
             broken.
     """
     folder = Path(run_folder)
-    verdict = _verdict(folder / "verdict.json")
+    verdict = read_verdict(folder / "verdict.json")
     figures = _figures(folder / "figures.json")
     try:
         text = _render(folder, verdict, figures)
@@ -44,7 +44,12 @@ def page(run_folder: str | Path) -> Path:
     return target
 
 
-def _verdict(path: Path) -> dict[str, Any]:
+def read_verdict(path: Path) -> dict[str, Any]:
+    """The verdict that a run wrote, fit to be shown.
+
+    Raises:
+        DataError: it is broken or of another version.
+    """
     found = redacted(_read(path))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DataError(f"{path}: is not a verdict of the format {FORMAT}")

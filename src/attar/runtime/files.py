@@ -26,8 +26,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     sweep(target.parent, target.name)
     draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        write_new(draft, data)
-        with naming(target):
+        with naming(target, draft=draft):
+            write_new(draft, data)
             os.replace(draft, target)
     except BaseException:
         with suppress(OSError):
@@ -90,13 +90,17 @@ def finite(value: Any) -> Any:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Give an OSError inside the name *path* where the system did not: fsync knows no names."""
+def naming(path: str | Path, *, draft: Path | None = None) -> Iterator[None]:
+    """Give an OSError inside the name *path* where the system did not: fsync knows no names.
+
+    Where the system named *draft*, nobody but us has ever heard of it: *path* is said instead.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or (draft is not None and str(error.filename) == str(draft)):
             error.filename = str(path)
+            error.filename2 = None
         raise
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from attar.losses import cross_entropy
 from attar.runtime import DataError
-from attar.tasks.task import Batch, Rows, Task, check_width
+from attar.tasks.classes import ClassTask
+from attar.tasks.task import Batch, Rows
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(ClassTask):
     """Each example has one of ``width`` classes; the model gives logits [N, width].
 
     Args:
@@ -32,55 +32,18 @@ class Classification(Task):
     classes: Annotated[int, Ge(2)] | Sequence[str] | None = None
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
 
-    outputs: ClassVar[tuple[str, ...]] = ("logits",)
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        if self.classes is not None and not isinstance(self.classes, int):
-            object.__setattr__(self, "classes", tuple(self.classes))
+        super().__post_init__()
         if self.width is not None and self.width < 2:
             raise DataError(f"a classification needs at least 2 classes, not {self.width}")
         if not 0 <= self.label_smoothing < 1:
             raise DataError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
 
-    @cached_property
-    def width(self) -> int | None:
-        """How many classes there are; None before any data told."""
-        if self.classes is None or isinstance(self.classes, int):
-            return self.classes
-        return len(self.classes)
-
-    def fitted(self, source: Any) -> Self:
-        """Take the class names from the data, or check that their number is right."""
-        known = source.classes
-        if known is None and self.width is None:
-            raise DataError(f"{source.name}: says nothing of its classes; give the task classes: N")
-        if known is not None and self.width not in (None, len(known)):
-            raise DataError(
-                f"the task has {self.width} classes but {source.name} has {len(known)}; "
-                "make them agree, or leave the task's classes out"
-            )
-        own = None if isinstance(self.classes, int) else self.classes
-        if known is not None and own is not None and tuple(known) != own:
-            raise DataError(
-                f"the task's classes are {', '.join(own[:6])} but {source.name} has "
-                f"{', '.join(known[:6])}, so equal numbers mean different things"
-            )
-        settled = replace(self, classes=self.classes if known is None else known)
-        _check_labels(source, settled.width or 0)
-        return settled
-
-    def names(self) -> list[str]:
-        """The class names, numbers where none were given."""
-        if self.classes is None or isinstance(self.classes, int):
-            return [str(index) for index in range(self.width or 0)]
-        return list(self.classes)
-
-    def output(self, out: Any, name: str) -> Tensor:
-        """The logits [N, width]."""
-        if isinstance(out, Tensor) and name == "logits" and out.shape[1:] == (self.width,):
-            return out
-        return check_width(super().output(out, name), self.width, "classes")
+    def check_labels(self, labels: Tensor, source: Any) -> None:
+        """Refuse labels that are no class numbers."""
+        _check_labels(labels, source, self.width or 0)
 
     def loss(self, out: Any, batch: Batch) -> Tensor:
         """Cross-entropy with the labels, [N]."""
@@ -128,11 +91,6 @@ class Classification(Task):
         same = student.argmax(1) == teacher.argmax(1)
         return {"agreement": float(same.double().mean()), "kl": float(divergence)}
 
-    def describe(self) -> dict[str, Any]:
-        """The class names in order of their numbers, or how many there are."""
-        named = self.classes is None or isinstance(self.classes, int)
-        return super().describe() | {"classes": self.classes if named else self.names()}
-
     def floor(self, labels: Tensor) -> float:
         """The share of the most frequent class."""
         return float(torch.bincount(labels).max() / len(labels))
@@ -151,10 +109,12 @@ class TabularClassification(Classification):
     """Table rows [N, columns] of numbers, one class each."""
 
 
-def _check_labels(source: Any, width: int) -> None:
-    labels = source.labels
-    if labels is None:
-        return
+def _check_labels(labels: Tensor, source: Any, width: int) -> None:
+    if labels.is_floating_point() and source.classes is not None:
+        raise DataError(
+            f"{source.name}: each of its rows may have several classes; use "
+            "multi-label-classification, or labels.argmax(1) for one-hot rows"
+        )
     if labels.is_floating_point():
         raise DataError(f"{source.name}: its labels are numbers, not classes; use regression")
     wrong = ((labels < 0) | (labels >= width)).nonzero()

@@ -30,6 +30,7 @@ class Regression(Task):
     outputs: ClassVar[tuple[str, ...]] = ("values",)
     metric: ClassVar[str] = "rmse"
     higher_is_better: ClassVar[bool] = False
+    competing: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -53,6 +54,11 @@ class Regression(Task):
             return self
         if not labels.is_floating_point():
             raise DataError(f"{source.name}: its labels are classes; use a classification task")
+        if source.classes is not None:
+            raise DataError(
+                f"{source.name}: its labels say which of several classes hold; use "
+                "multi-label-classification"
+            )
         if self.targets not in (None, labels.shape[1]):
             raise DataError(
                 f"the task has {self.targets} targets but {source.name} has {labels.shape[1]}"

@@ -18,12 +18,15 @@ class Task(ABC):
     """The meaning of a batch, an output and a number.
 
     A task never holds a model. ``outputs`` names the signals it reads from one, the main one
-    first; ``metric`` is the number a verdict is about.
+    first; ``metric`` is the number a verdict is about. ``competing`` says that the outputs of an
+    example are compared with one another, as by a softmax, which a constant added to all of them
+    does not change; False where each is an answer of its own.
     """
 
     outputs: ClassVar[tuple[str, ...]]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+    competing: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -1,8 +1,8 @@
-"""A teacher of other classes: what it says of its own, said of the student's."""
+"""A teacher of other classes or of other inputs, made to answer for the student's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.runtime import UsageError, eval_mode, suggest
+from attar.tasks import Task
 from attar.tasks.classification import Classification
 
 BATCH = 256
@@ -17,7 +18,7 @@ PRIOR = 1e-3  # examples of every class that each class of the teacher is taken 
 
 
 class Projected(nn.Module):
-    """A classifier whose answers are carried over to other classes.
+    """A classifier whose answers are carried over to other classes, and whose inputs are fitted.
 
     ``p(y | x) = sum_z table[z, y] p(z | x)``, given as logits [N, C]: its logarithm. Images of
     another size or with other channels than the model was built for are fitted to it: resized
@@ -26,27 +27,121 @@ class Projected(nn.Module):
     Args:
         model: gives logits [N, Z].
         table: ``p(y | z)``, [Z, C], rows that sum to 1; a row of zeros leaves its class out, and
-            the rest of the model's answer is taken for the whole.
-        shape: [C, H, W] of the images that the model reads; None takes them as they are.
+            the rest of the model's answer is taken for the whole. A column of zeros is a class
+            that the model does not know: it gets next to no probability. None gives what the
+            model gives.
+        shape: [C, H, W] of the images that the model reads, C None for any; None takes them as
+            they are.
+        transform: called on the inputs, after they are fitted.
     """
 
-    table: Tensor
+    table: Tensor | None
 
     def __init__(
-        self, model: nn.Module, table: Tensor, *, shape: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        table: Tensor | None = None,
+        *,
+        shape: Sequence[int | None] | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.shape = None if shape is None else tuple(shape)
+        self.transform = transform
         self.register_buffer("table", table)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits = _logits(self.model(fitted(inputs, self.shape))).float()
-        known = self.table.sum(1) > 0
-        chances = F.log_softmax(logits[:, known], 1)
+    @property
+    def known(self) -> Tensor | None:
+        """Which of the student's classes it can answer, bool [C]; None for all."""
+        return None if self.table is None else self.table.sum(0) > 0
+
+    def forward(self, inputs: Tensor) -> Any:
+        inputs = fitted(inputs, self.shape)
+        if self.transform is not None:
+            inputs = self.transform(inputs)
+        out = self.model(inputs)
+        if self.table is None:
+            return out
+        logits = _logits(out).float()
+        if logits.shape[1] != len(self.table):
+            raise UsageError(
+                f"the teacher has {logits.shape[1]} classes, but {len(self.table)} are named; "
+                "name one for each of its outputs, in order"
+            )
+        told = self.table.sum(1) > 0
+        chances = F.log_softmax(logits[:, told], 1)
         # exp(chance - top) is 1 somewhere, so the sum is never smaller than its table entry.
         top = chances.amax(1, keepdim=True)
-        return ((chances - top).exp() @ self.table[known]).clamp_min(1e-30).log() + top
+        return ((chances - top).exp() @ self.table[told]).clamp_min(1e-30).log() + top
+
+
+def adapted(
+    model: nn.Module,
+    task: Task,
+    *,
+    classes: Sequence[str | int | None] | None = None,
+    size: int | tuple[int, int] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Projected:
+    """A teacher that reads other inputs than the student, or knows only some of its classes.
+
+    Its parts are addressed below ``model``: ``feature:model.stage3``.
+
+    Args:
+        classes: the student's class, by name or by number, that each output of the model stands
+            for, in order; None for an output that is none of them, which is left out.
+        size: height and width of the images that it reads, which are resized to it (bilinear,
+            antialiased); what ``attar.models.build`` noted, when left out.
+        transform: called on the inputs [N, ...] after that, such as a normalisation of its own.
+
+    Errors: a class that is not there or stands twice, fewer than two classes (UsageError).
+
+    Example:
+        >>> import torch, attar
+        >>> from torch import nn
+        >>> task = attar.tasks.ImageClassification(classes=("cat", "cow", "dog"))
+        >>> pets = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        >>> adapted(pets, task, classes=("dog", "cat"), size=4)(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 3])
+    """
+    shape: Sequence[int | None] | None = shape_of(model)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (shape[0] if shape else None, height, width)
+    table = None if classes is None else _table(classes, task)
+    return Projected(model, table, shape=shape, transform=transform)
+
+
+def _table(classes: Sequence[str | int | None], task: Task) -> Tensor:
+    if not isinstance(task, Classification) or task.width is None:
+        raise UsageError(
+            "classes: the task must be a classification that knows its classes; take "
+            "task.fitted(train)"
+        )
+    ours = task.names()
+    numbers = [None if name is None else _number(name, ours) for name in classes]
+    for name, number in zip(classes, numbers, strict=True):
+        if number is not None and numbers.count(number) > 1:
+            raise UsageError(f"classes: '{name}' stands twice; name each class once")
+    if len(numbers) - numbers.count(None) < 2:
+        raise UsageError("classes: a teacher must know at least two of the student's classes")
+    table = torch.zeros(len(numbers), len(ours))
+    for row, number in enumerate(numbers):
+        if number is not None:
+            table[row, number] = 1.0
+    return table
+
+
+def _number(name: str | int, ours: Sequence[str]) -> int:
+    if name in ours:
+        return ours.index(name)
+    if isinstance(name, int) and 0 <= name < len(ours):
+        return name
+    raise UsageError(
+        f"classes: the task has no class '{name}'; {suggest(str(name), ours)}, or None for an "
+        "output that is none of them"
+    )
 
 
 def project(
@@ -121,15 +216,16 @@ def renamed(
     return Projected(model, table, shape=shape_of(model) if shape is None else shape)
 
 
-def fitted(images: Tensor, shape: Sequence[int] | None) -> Tensor:
+def fitted(images: Tensor, shape: Sequence[int | None] | None) -> Tensor:
     """Images [N, C, H, W] as a model reads them that was built for *shape*; others untouched."""
     if shape is None or len(shape) != 3 or images.ndim != 4:
         return images
-    if images.shape[2:] != tuple(shape[1:]):
-        images = F.interpolate(images, list(shape[1:]), mode="bilinear", antialias=True)
-    if images.shape[1] == shape[0]:
+    channels, size = shape[0], [int(side or 0) for side in shape[1:]]
+    if list(images.shape[2:]) != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    if channels is None or images.shape[1] == channels:
         return images
-    return images.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
+    return images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
 
 
 def shape_of(model: nn.Module) -> list[int] | None:

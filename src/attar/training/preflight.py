@@ -33,6 +33,9 @@ HALF_WAY = 0.5
 # A term that pulls this much harder than another drowns it.
 LOPSIDED = 100
 
+# Softmax or order among the outputs of one example is what these are for.
+AMONG_OUTPUTS = {"partial_softmax_kl", "margin_mse", "relaxed_ranking", "ranking_distillation"}
+
 Shape = list[int] | list[list[int]]  # of one signal, or of several
 
 
@@ -218,6 +221,7 @@ def _dry_term(
             f"{first_line(error).rstrip('.')}{_hint(term)}"
         ) from error
     _check_value(objective, term, value, batch)
+    _check_meaning(objective, term, heard, told, batch, value)
     return TermShapes(
         name=term.name,
         student=_listed(term.student),
@@ -271,6 +275,36 @@ def _check_value(
     if not value.requires_grad:
         raise PreflightError(
             f"the term '{term.name}' carries no gradient to the student: its loss detaches it"
+        )
+
+
+def _check_meaning(
+    objective: Objective,
+    term: BoundTerm,
+    heard: dict[str, Any],
+    told: dict[str, Any],
+    batch: dict[str, Tensor],
+    value: Tensor,
+) -> None:
+    """Refuse a softmax where each output is an answer of its own, as in a multi-label task.
+
+    A softmax does not see a constant that is added to all outputs of an example; here that
+    constant changes every answer.
+    """
+    task, main = objective.task, f"output:{objective.task.outputs[0]}"
+    if task.competing or term.student != main or term.projector is not None:
+        return
+    if term.kind in AMONG_OUTPUTS:
+        return
+    logits = heard[main]
+    shift = torch.linspace(1, 2, len(logits), device=logits.device, dtype=logits.dtype)
+    moved = heard | {main: logits + shift.view(-1, *[1] * (logits.ndim - 1))}
+    again = term.value(moved, told, batch, task.mask(batch), 0.0)
+    if torch.allclose(again, value, rtol=1e-3, atol=1e-6):
+        raise PreflightError(
+            f"the loss '{term.name}' compares the outputs of an example with one another (a "
+            f"softmax), and in {type(task).__name__} each is an answer of its own; use binary_kl "
+            "for labels that can hold together, mse for numbers"
         )
 
 

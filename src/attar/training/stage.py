@@ -40,7 +40,7 @@ from attar.training.preflight import (
     plan_stage,
     pulls,
 )
-from attar.training.term import Term, asked_of_teacher, each
+from attar.training.term import Term, asked_of_teacher, each, loss_name, names_of
 from attar.training.tuning import freezing
 
 RANK_STRIDE = 0x9E3779B97F4A7C15  # keeps the seeds of ranks apart from those of runs
@@ -175,6 +175,12 @@ def _check_signals(
     asked = [a.removeprefix("self:") for t in terms for a in (*each(t.student), *each(t.teacher))]
     gradient = next((a for a in asked if a.startswith("grad:")), None)
     whole = gradient or next((a for a in asked if a.startswith("param:")), None)
+    remembers = next((t.loss for t in terms if "rows" in names_of(t.loss)), None)
+    if remembers is not None and ranks.world > 1:
+        raise PreflightError(
+            f"{loss_name(remembers)} remembers every row, and {ranks.world} ranks would each "
+            "remember their own; train it in one process, or take contrast, which needs no memory"
+        )
     if plan.log_gradients and (ranks.world > 1 or plan.compile):
         raise PreflightError(
             "log_gradients is for one process that is not compiled: each rank has but a part of a "

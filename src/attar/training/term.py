@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attar.losses.types import Loss
 from attar.models.types import Projector
-from attar.runtime import UsageError
+from attar.runtime import UsageError, eval_mode
 from attar.training.optimization import Schedule
 
 SUPPLIED = ("teacher", "labels", "mask", "ids", "offsets", "progress")
@@ -63,6 +63,11 @@ def loss_name(loss: Callable[..., Any]) -> str:
     """The name a loss goes by in logs and messages."""
     loss = _function(loss)
     return getattr(loss, "__name__", type(loss).__name__)
+
+
+def names_of(loss: Callable[..., Any]) -> frozenset[str]:
+    """The parameters of a loss, or of what makes it."""
+    return frozenset(inspect.signature(loss).parameters)
 
 
 def supplied(loss: Callable[..., Any]) -> frozenset[str]:
@@ -153,6 +158,7 @@ class BoundTerm(nn.Module):
         self.weight = term.weight
         self.projector: nn.Module | None = None
         self.teacher_projector: nn.Module | None = None
+        self.kind = loss_name(term.loss)
         self.unbuilt = is_factory(term.loss)
         self._settle(*_schedules(term.loss))
         if len(own) > 1:
@@ -182,24 +188,31 @@ class BoundTerm(nn.Module):
         teacher = None
         if self.teacher is not None:
             teacher = _gathered(heard if self.own else told, self.target)
+        # The teacher's side first: what it becomes is what the student's side is sized to. In eval
+        # mode, so that no example is in a statistic.
+        if term.teacher_projector is not None:
+            made = self._fixed(_projector(term.teacher_projector, teacher, student, extra), term)
+            self.teacher_projector = made
+            with eval_mode(made):
+                teacher = made(teacher)
         if term.projector is not None:
             self.projector = _projector(term.projector, student, teacher, extra)
-        if term.teacher_projector is not None:
-            made = _projector(term.teacher_projector, teacher, student, extra)
-            if any(p.requires_grad for p in made.parameters()):
-                raise UsageError(
-                    f"the term '{self.name}': a teacher_projector must train nothing, and "
-                    f"{loss_name(term.teacher_projector)} does; put it on the student's side: "
-                    "projector"
-                )
-            self.teacher_projector = made
         if self.unbuilt:
             self.unbuilt = False
-            student = student if self.projector is None else self.projector(student)
-            if self.teacher_projector is not None:
-                teacher = self.teacher_projector(teacher)
-            named = _named(self.loss, extra)
-            self._settle(self.loss(student, teacher, **named), self.scheduled)
+            if self.projector is not None:
+                with eval_mode(self.projector):
+                    student = self.projector(student)
+            made = self.loss(student, teacher, **_named(self.loss, extra))
+            self._settle(made, self.scheduled)
+
+    def _fixed(self, made: nn.Module, term: Term) -> nn.Module:
+        if any(p.requires_grad for p in made.parameters()):
+            assert term.teacher_projector is not None
+            raise UsageError(
+                f"the term '{self.name}': a teacher_projector must train nothing, and "
+                f"{loss_name(term.teacher_projector)} does; put it on the student's side: projector"
+            )
+        return made
 
     def value(
         self,

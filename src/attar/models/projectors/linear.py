@@ -1,11 +1,17 @@
-"""The linear projector."""
+"""The linear projector and the perceptron of two layers."""
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
+
 from torch import Tensor, nn
 
-from attar.runtime import UsageError
+from attar.models.projectors._forms import meeting
+from attar.models.projectors._parts import channels, channelwise, row
+from attar.models.types import Size
+
+Activation = Literal["gelu", "relu"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def linear(student: Tensor, teacher: Tensor) -> nn.Module:
@@ -16,41 +22,38 @@ def linear(student: Tensor, teacher: Tensor) -> nn.Module:
     - [N, C, H, W] to [N, D, H, W]: a 1x1 convolution from C to D channels;
     - [N, C] to [N, D] or [N, T, C] to [N, T, D]: ``nn.Linear(C, D)``.
 
+    A larger map of the student is first averaged to the teacher's size, and a map or tokens to
+    one vector where the teacher's signal is [N, D].
+
     Its weights are on the student's device, in float64 for a float64 signal and in float32 for
     every other (a bf16 or fp16 signal comes from autocast, which casts the weights as well).
 
-    Errors: signals that are no floating tensors, whose ranks differ, or whose sizes differ in
-    another place than the mapped one (UsageError, with both shapes).
+    Errors: signals that are no floating tensors, or that averaging the student's does not bring
+    together (UsageError, with both shapes and the projector that does).
     """
-    _check(student, teacher)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if student.ndim == 4:
-        return nn.Conv2d(student.shape[1], teacher.shape[1], 1, device=student.device, dtype=dtype)
-    return nn.Linear(student.shape[-1], teacher.shape[-1], device=student.device, dtype=dtype)
+    front = meeting("linear", student, teacher)
+    return row(front, channelwise(student, teacher.ndim, channels(teacher)))
 
 
-def _check(student: Tensor, teacher: Tensor) -> None:
-    for side, signal in (("student", student), ("teacher", teacher)):
-        if not isinstance(signal, Tensor) or not signal.is_floating_point():
-            kind = signal.dtype if isinstance(signal, Tensor) else type(signal).__name__
-            raise UsageError(
-                f"projector linear: the {side}'s signal must be one floating tensor, not {kind}; "
-                "address a part of it with PATH[0] or PATH[key]"
-            )
-    shapes = f"student {list(student.shape)}, teacher {list(teacher.shape)}"
-    if student.ndim != teacher.ndim or student.ndim not in (2, 3, 4):
-        raise UsageError(
-            "projector linear: both signals must be [N, C], [N, T, C] or [N, C, H, W]; "
-            f"{shapes}; choose signals of one kind"
-        )
-    if student.ndim == 4 and student.shape[2:] != teacher.shape[2:]:
-        raise UsageError(
-            f"projector linear: height and width must agree; {shapes}; choose stages of the same "
-            "resolution, or compare pooled features"
-        )
-    mapped = 1 if student.ndim == 4 else student.ndim - 1
-    if any(student.shape[axis] != teacher.shape[axis] for axis in range(mapped)):
-        raise UsageError(
-            f"projector linear: only size {mapped} may differ, counted from 0 (the batch and the "
-            f"positions must agree); {shapes}; choose signals of the same positions"
-        )
+def mlp(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    hidden: Size | None = None,
+    activation: Activation = "gelu",
+) -> nn.Module:
+    """Two trained linear layers with an activation between them, at each position.
+
+    As in SimReg (arXiv:2201.05131), without its normalisation. Shapes, weights and errors are
+    those of `linear`.
+
+    Args:
+        hidden: width between the layers; the teacher's channels when left out.
+        activation: ``gelu`` or ``relu``.
+    """
+    front = meeting("mlp", student, teacher)
+    outputs = channels(teacher)
+    inner = hidden or outputs
+    first = channelwise(student, teacher.ndim, inner)
+    second = channelwise(student, teacher.ndim, outputs, inputs=inner)
+    return row(front, first, ACTIVATIONS[activation](), second)
