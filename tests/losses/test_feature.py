@@ -192,3 +192,13 @@ def test_what_is_no_form_of_features_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"features must be vectors \[N, D\]"):
         loss(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_several_maps_are_reviewed_one_by_one() -> None:
+    sizes = [(4, 8), (6, 4)]
+    student, teacher = (
+        tuple(torch.randn(3, c, h, h, requires_grad=True) for c, h in sizes) for _ in range(2)
+    )
+    both = hierarchical_context(student, teacher)
+    apart = [hierarchical_context(s, t) for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(both, apart[0] + apart[1])

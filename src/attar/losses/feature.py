@@ -14,7 +14,7 @@ from attar.losses._rows import (
     check_same_shape,
     wide,
 )
-from attar.losses.types import NotNegative, Positive
+from attar.losses.types import NotNegative, Positive, Tensors
 
 # Grids of the hierarchical context, each with half the weight of the one before.
 CONTEXT_SIZES = (4, 2, 1)
@@ -119,18 +119,20 @@ def _vectors(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, int]:
     return wide(student), wide(teacher.detach()), 1 if student.ndim == 4 else -1
 
 
-def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
+def hierarchical_context(student: Tensors, teacher: Tensors) -> Tensor:
     """Hierarchical context loss (HCL): mean squared error at several resolutions.
 
     Σ_l w_l mse_l / Σ_l w_l, where mse_l is that of the maps average-pooled to their own size,
     4 x 4, 2 x 2 and 1 x 1, with w = 1, 1/2, 1/4, 1/8; a size that is not below the map's height is
     left out.
 
-    Shapes: student and teacher maps [N, C, H, W] of equal shape. Returns [N], in squared units.
+    Shapes: student and teacher maps [N, C, H, W] of equal shape, or several such pairs as tuples,
+    whose values are added. Returns [N], in squared units.
 
     Paper: Chen et al., "Distilling Knowledge via Knowledge Review" (ReviewKD), CVPR 2021, where it
-    follows trained fusions of the student's stages, which are not part of it. The official weight,
-    0.6 to 8 by pair of models with 20 epochs of warm-up, carries over.
+    follows trained fusions of the student's stages: a term on a list of stages with
+    `projector: fusion`. The official weight, 0.6 to 8 by pair of models with 20 epochs of warm-up,
+    carries over.
 
     Neighbours: on maps of 1 x 1 it is `mse`.
 
@@ -139,6 +141,15 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     >>> hierarchical_context(student, torch.tensor([[[[0.0, 0.0], [0.0, 1.0]]]]))
     tensor([0.3333])
     """
+    if isinstance(student, tuple) and isinstance(teacher, tuple):
+        values = [_context(s, t) for s, t in zip(student, teacher, strict=True)]
+        return torch.stack(values).sum(0)
+    assert isinstance(student, Tensor)
+    assert isinstance(teacher, Tensor)
+    return _context(student, teacher)
+
+
+def _context(student: Tensor, teacher: Tensor) -> Tensor:
     check_same_shape(student, teacher)
     if student.ndim != 4 or 0 in student.shape[1:]:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,16 +13,23 @@ from torch import nn
 
 from attar.data import Source
 from attar.evaluation import Seen, bootstrap, collect, count_macs
-from attar.models import build, is_foreign, load, load_weights, own_classes, pretrained, read_extra
 from attar.recipes import exports
 from attar.recipes.parts import Parts, parted
 from attar.recipes.recipe import Recipe, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
-from attar.runtime import DataError, PreflightError, eval_mode
-from attar.tasks import Regression, Task, restore
-from attar.tasks.classification import Classification
+from attar.recipes.teachers import (
+    Member,
+    asked_of,
+    kind,
+    made_model,
+    members_of,
+    seeded,
+    taught_task,
+)
+from attar.runtime import PreflightError, eval_mode
+from attar.tasks import Regression, Task
 from attar.tasks.task import Rows
-from attar.teachers import Teacher, project, renamed
+from attar.teachers import Ensemble, Teacher, learned_weights
 from attar.training import Term, distill, train
 from attar.training import check as check_stage
 
@@ -38,8 +44,9 @@ class Job:
     recipe: Recipe
     parts: Parts
     task: Task
-    teacher: nn.Module
+    members: tuple[Member, ...]
     common: dict[str, Any]
+    weights: tuple[float, ...] | None = None  # of several teachers, once they are learned
 
     @property
     def train(self) -> Source:
@@ -57,13 +64,21 @@ class Job:
         return self.parts.test
 
     @property
-    def teaching(self) -> dict[str, Any] | None:
-        """The options the teacher is trained with; None when it already knows."""
-        plan = self.recipe.teacher
-        if not isinstance(plan, TeacherPlan) or plan.train is None:
-            return None
-        own = plan.train.keywords if isinstance(plan.train, partial) else {}
-        return {"label_weight": 1.0, "seed": self.recipe.seed, **self.common, **own}
+    def asked(self) -> Teacher | Ensemble:
+        """The teacher, ready to be opened by a stage."""
+        return asked_of(self.recipe.teacher, self.members, self.task, self.weights)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher as one module, which is what a verdict judges."""
+        model = self.asked.model
+        assert model is not None
+        return model
+
+    @property
+    def teaches_first(self) -> bool:
+        """Whether a model that teaches is trained here, on labels."""
+        return any(member.training is not None for member in self.members)
 
     @property
     def distils(self) -> bool:
@@ -104,7 +119,7 @@ class Job:
         alone, shown = _seen(self.parts.labelled), _seen(self.train)
         # What a stage on labels alone adds.
         more = alone.labelled if any(verb(s) is not distill for s in self.recipe.trainings) else 0
-        found = {self.elder: _seen(self.parts.teacher)} if self.teaching is not None else {}
+        found = {self.elder: _seen(self.parts.teacher)} if self.teaches_first else {}
         found["distilled"] = Seen(shown.rows, max(shown.labelled, more))
         return found | ({"baseline": alone} if self.labelled else {})
 
@@ -113,7 +128,7 @@ class Job:
         made = self.recipe.student
         if isinstance(made, nn.Module):
             return copied(made)
-        return seeded(self.recipe.seed + number, partial(made_model, made, self))
+        return seeded(self.recipe.seed + number, partial(made_model, made, self.train, self.task))
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -130,98 +145,16 @@ def prepare(recipe: Recipe) -> Job:
         "precision": recipe.precision,
         "parallel": recipe.parallel,
     }
-    job = Job(recipe, parts, task, nn.Identity(), common)
-    teacher = seeded(recipe.seed, partial(_teacher_model, job))
-    return replace(job, teacher=_projected(job, teacher))
+    return Job(recipe, parts, task, members_of(recipe, parts, task, common), common)
 
 
 def _task(recipe: Recipe) -> Task:
     """The recipe's task; a loaded teacher's regression keeps the units it was trained in."""
     task = recipe.task if isinstance(recipe.task, Task) else recipe.task()
-    taught = _taught_task(recipe)
+    taught = taught_task(recipe.teacher)
     if isinstance(task, Regression) and isinstance(taught, Regression) and task.mean is None:
         return taught
     return task
-
-
-def _taught_task(recipe: Recipe) -> Task | None:
-    """The task that a loaded teacher was saved with."""
-    plan = recipe.teacher
-    if not isinstance(plan, TeacherPlan) or plan.load is None or plan.model is not None:
-        return None
-    if plan.projects:
-        return None  # its task is another one
-    if is_foreign(plan.load):
-        return None
-    described = read_extra(plan.load).get("task")
-    return None if described is None else restore(described)
-
-
-def _teacher_model(job: Job) -> nn.Module:
-    plan = job.recipe.teacher
-    if isinstance(plan, nn.Module):
-        return plan
-    if plan.model is None:
-        assert plan.load is not None
-        if taught := _taught_task(job.recipe):
-            _check_taught(taught, job)
-        if is_foreign(plan.load):
-            if plan.projects:
-                names = own_classes(plan.load)
-                return pretrained(job.train.shape, len(names), path=plan.load, head="keep")
-            keep = partial(pretrained, path=plan.load, head="keep")
-            return build(keep, data=job.train, outputs=job.task.width)
-        return load(plan.load)
-    model = made_model(plan.model, job)
-    if plan.load is not None:
-        load_weights(model, plan.load)
-    return model
-
-
-def _check_taught(taught: Task, job: Job) -> None:
-    """The teacher's classes must be the student's, in the same order."""
-    try:
-        taught.fitted(job.parts.labelled)
-    except DataError as error:
-        raise DataError(
-            f"the teacher cannot teach these classes as it is: {error}; if it is meant to know "
-            "others, add project: true to the teacher"
-        ) from None
-
-
-def _projected(job: Job, model: nn.Module) -> nn.Module:
-    """The teacher as one of this task's classes, where it knows others."""
-    plan = job.recipe.teacher
-    if not isinstance(plan, TeacherPlan) or not plan.projects:
-        return model
-    assert plan.load is not None
-    if not isinstance(job.task, Classification):
-        raise PreflightError("a teacher's classes are projected onto classes; the task has none")
-    if plan.classes is None:
-        return project(model, job.parts.labelled, job.task)
-    return renamed(model, _own_classes(plan.load), job.task, plan.classes)
-
-
-def _own_classes(folder: str) -> Sequence[str]:
-    """What a loaded teacher's classes are called."""
-    if is_foreign(folder):
-        return own_classes(folder)
-    described = read_extra(folder).get("task")
-    taught = None if described is None else restore(described)
-    if not isinstance(taught, Classification):
-        raise PreflightError(
-            f"{folder}: does not say what its classes are called; use project: true"
-        )
-    return taught.names()
-
-
-def made_model(make: Callable[..., nn.Module], job: Job) -> nn.Module:
-    """Build a model for the job's data."""
-    options = make.keywords if isinstance(make, partial) else {}
-    function = make.func if isinstance(make, partial) else make
-    if not inspect.signature(function).parameters:
-        return function()  # student=lambda: MyNet()
-    return build(function, data=job.train, outputs=job.task.width, **options)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -235,18 +168,12 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model whose random start is a function of *seed*; the caller's state is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
 def check_job(job: Job) -> dict[str, Any]:
     """Try every stage on one batch; returns the plan as JSON."""
-    if job.teaching is not None:
-        check_stage(job.teacher, None, job.parts.teacher, job.task, **job.teaching)
-    elif job.distils:
+    for member in job.members:
+        if member.training is not None:
+            check_stage(member.model, None, job.parts.teacher, job.task, **member.training)
+    if job.distils and not job.teaches_first:
         check_floor(job)
     student = job.student(0)
     copied(student)
@@ -261,7 +188,7 @@ def check_job(job: Job) -> dict[str, Any]:
             "shape": list(job.train.shape),
             "width": job.task.width,
         },
-        "teacher": _sizes(job, job.teacher),
+        "teacher": _teacher_sizes(job),
         "student": _sizes(job, student),
         "saw": {name: asdict(seen) for name, seen in job.saw.items()},
         "seeds": job.recipe.seeds,
@@ -313,12 +240,20 @@ def _check_label_weights(job: Job) -> None:
             )
 
 
+def _teacher_sizes(job: Job) -> dict[str, Any]:
+    whole = _sizes(job, job.teacher)
+    if len(job.members) == 1:
+        return whole
+    members = [_sizes(job, member.model) for member in job.members]
+    return whole | {"model": f"ensemble of {len(members)}", "members": members}
+
+
 def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
     batch = job.train.rows(torch.arange(1))
     with eval_mode(model), torch.no_grad():
         job.task.try_forward(model, batch, "model")
     return {
-        "model": getattr(model, "attar_build", {}).get("family", type(model).__name__),
+        "model": kind(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs": count_macs(model, batch["inputs"]),
     }
@@ -345,7 +280,7 @@ def _seen(source: Source) -> Seen:
     return Seen(len(source), 0 if source.labels is None else len(source))
 
 
-def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | None, dict[str, Any]]:
+def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Any, dict[str, Any]]:
     """The teacher and options of a stage; without the teacher it is the baseline's stage.
 
     Where no stage asks the teacher for anything, what the student inherits is what is judged: the
@@ -368,7 +303,7 @@ def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Teacher | Non
             left_out |= INHERITED
         options = {k: v for k, v in options.items() if k not in left_out}
         return None, {"label_weight": 1.0, **job.common, **options}
-    return Teacher(job.teacher, job.task), {**job.common, **options}
+    return job.asked, {**job.common, **options}
 
 
 def _fresh(term: Term) -> Term:
@@ -390,6 +325,15 @@ def check_floor(job: Job) -> None:
             f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}], where always giving the same "
             f"answer has {floor:.4g}; train it longer, or check that it fits these data"
         )
+
+
+def learned(job: Job) -> tuple[float, ...] | None:
+    """The weights of the members by the validation rows, where the recipe asks for them."""
+    plan = job.recipe.teacher
+    if not isinstance(plan, TeacherPlan) or plan.weighting != "learned":
+        return None
+    models = [member.model for member in job.members]
+    return learned_weights(models, job.validation, job.task, device=job.recipe.device)
 
 
 def rows_of(job: Job, model: nn.Module, source: Source | None = None) -> Rows:

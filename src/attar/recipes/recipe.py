@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 from attar.data import Data, Splits
@@ -35,15 +35,24 @@ class TeacherPlan:
     ``load`` with ``model`` reads a .safetensors file into that model.
 
     A loaded teacher of other classes is made one of the student's: with ``project`` by what it
-    says of the labelled training rows (``attar.teachers.project``), with ``classes`` by name,
-    ``{class of the data: [classes of the teacher]}``.
+    says of the labelled training rows (``attar.teachers.project``), with ``classes`` by name:
+    ``{class of the data: [classes of the teacher]}``, or the class of the data that each of its
+    outputs stands for, in order, None for one that is none of them (``attar.teachers.adapted``).
+    ``size`` is that of the images it reads, where it is another.
+
+    ``ensemble``: several teachers that answer as one (``attar.Ensemble``), by ``weighting`` and
+    ``temperature``; ``learned`` weights are found on the validation rows, once all are trained.
     """
 
     model: Model | None = None
     load: str | None = None
     train: TrainOptions | None = None
     project: bool = False
-    classes: dict[str, list[str]] | None = None
+    classes: dict[str, list[str]] | list[str | int | None] | None = None
+    size: Annotated[int, Ge(1)] | None = None
+    ensemble: Sequence[TeacherPlan] | None = None
+    weighting: Literal["mean", "entropy", "confidence", "learned"] | list[float] = "mean"
+    temperature: Annotated[float, Gt(0)] = 1.0
 
     @property
     def projects(self) -> bool:
@@ -51,6 +60,10 @@ class TeacherPlan:
         return self.project or self.classes is not None
 
     def __post_init__(self) -> None:
+        if self.ensemble is not None:
+            return self._check_ensemble(self.ensemble)
+        if (self.weighting, self.temperature) != ("mean", 1.0):
+            raise ValueError("weighting and temperature are of several teachers: add ensemble")
         if self.model is None and self.load is None:
             raise ValueError("the teacher needs a model to train, or a folder to load")
         if self.load is not None and self.train is not None:
@@ -61,8 +74,29 @@ class TeacherPlan:
             )
         if self.projects and (self.load is None or self.model is not None):
             raise ValueError("only a teacher of other classes is projected: one of load alone")
+        if self.size is not None and (self.load is None or self.model is not None):
+            raise ValueError("only a teacher of load alone reads images of another size")
         if self.project and self.classes is not None:
             raise ValueError("project learns what classes names; leave one of them out")
+        if self.size is not None and (self.project or isinstance(self.classes, dict)):
+            raise ValueError(
+                "size stands with a list of classes or alone; where classes are projected, images "
+                "are resized to what the teacher was built for"
+            )
+
+    def _check_ensemble(self, members: Sequence[TeacherPlan]) -> None:
+        own = (self.model, self.load, self.train, self.classes, self.size)
+        if self.project or any(each is not None for each in own):
+            raise ValueError("beside ensemble stand weighting and temperature alone")
+        if len(members) < 2:
+            raise ValueError(f"an ensemble needs at least two members, not {len(members)}")
+        if any(member.ensemble is not None for member in members):
+            raise ValueError("a member of an ensemble is one teacher, not an ensemble")
+        weighting = self.weighting
+        if not isinstance(weighting, str) and len(weighting) != len(members):
+            raise ValueError(
+                f"there are {len(weighting)} weights for {len(members)} members; give one each"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from attar.recipes.job import (
     check_floor,
     check_job,
     copied,
+    learned,
     prepare,
     rows_of_stage,
     stage_of,
 )
-from attar.recipes.recipe import Loaded, Recipe, TeacherPlan, load_recipe
+from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
+from attar.recipes.teachers import Member
 from attar.reporting import page
 from attar.runtime import (
     PreflightError,
@@ -133,11 +135,11 @@ def run(
                 home.write("plugins.json", loaded.plugins)
             say(f"data       {_described(job)}")
             desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
-            taught = _teach(desk)
+            desk, taught = _teach(desk)
             arms = _students(desk, loaded)
             verdict = _judged(desk, taught, arms)
             made = {
-                "environment": _environment(loaded, job, ranks),
+                "environment": _environment(loaded, desk.job, ranks),
                 "exports": _exported(desk, loaded, arms["distilled"], verdict),
             }
             home.write("verdict.json", verdict.to_json() | made)
@@ -182,7 +184,9 @@ def _checked(loaded: Loaded) -> tuple[Job, dict[str, Any]]:
 
 def _environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
     """What else a reader needs to repeat the run."""
-    plugins = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
+    told = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
+    if job.weights is not None:
+        told["teachers' weights"] = ", ".join(f"{weight:.6f}" for weight in job.weights)
     return {
         "attar": attar.__version__,
         "torch": torch.__version__,
@@ -190,7 +194,7 @@ def _environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "device": str(resolve_device(job.recipe.device)),
         "ranks": str(ranks.world),
-        **plugins,
+        **told,
     }
 
 
@@ -206,29 +210,45 @@ def _loaded(
     return load_recipe(recipe, overrides=overrides, plugins=plugins)
 
 
-def _teach(desk: Desk) -> Arm:
-    """Train the teacher where it is not loaded, and refuse one that has learnt nothing."""
+def _teach(desk: Desk) -> tuple[Desk, Arm]:
+    """Train the teachers that are not loaded, and refuse what has learnt nothing."""
     arm, job = Arm(), desk.job
-    if job.teaching is not None:
-        done = fit(
-            job.teacher,
-            None,
-            job.parts.teacher,
-            job.task,
-            validation=job.validation,
-            home=desk.home(arm="teacher", seed=job.recipe.seed),
-            label="teacher",
-            progress=desk.progress,
-            **job.teaching,
-        )
-        arm.seconds.append(done.seconds)
+    done = [_fit_teacher(desk, m) for m in job.members if m.training is not None]
+    if done:
+        arm.seconds.append(sum(each.seconds for each in done))
+    if (weights := learned(job)) is not None:
+        job = replace(job, weights=desk.ranks.first(weights))
+        desk = replace(desk, job=job)
+        desk.say(f"{'weights':<10} {', '.join(f'{weight:.3f}' for weight in weights)}")
+    if done:
         check_floor(job)
-        desk.save(job.teacher, "teacher", task=job.task.describe())
+    for member in job.members:
+        if member.training is not None:
+            desk.save(member.model, member.folder, task=job.task.describe())
     arm.rows.append(desk.rows(job.teacher))
     desk.say(
         f"{job.elder:<10} {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}"
     )
-    return arm
+    return desk, arm
+
+
+def _fit_teacher(desk: Desk, member: Member) -> Fit:
+    job = desk.job
+    done = fit(
+        member.model,
+        None,
+        job.parts.teacher,
+        job.task,
+        validation=job.validation,
+        home=desk.home(arm="teacher", seed=member.seed),
+        label=member.folder,
+        progress=desk.progress,
+        **(member.training or {}),
+    )
+    if len(job.members) > 1:
+        score = _score(desk, member.model)
+        desk.say(f"{member.folder:<10} {score} on validation{_took(done.seconds)}")
+    return done
 
 
 def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
@@ -356,10 +376,11 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
 def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
     job = desk.job
     inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
-    run, plan = desk.run.folder, job.recipe.teacher
-    loaded = plan.load if isinstance(plan, TeacherPlan) else None
-    models = {job.elder: job.teacher}
-    folders = {job.elder: run / "teacher" if loaded is None else Path(loaded)}
+    run = desk.run.folder
+    models, folders = {job.elder: job.teacher}, {}
+    if len(job.members) == 1:
+        loaded = job.members[0].loaded
+        folders[job.elder] = run / "teacher" if loaded is None else Path(loaded)
     for name, folder in (("baseline", "baseline"), ("distilled", "student")):
         if arms[name].finals:
             models[name], folders[name] = arms[name].finals[-1].student, run / folder
