@@ -643,7 +643,7 @@ def test_a_teachers_larger_map_is_averaged_to_the_students(make):
 
 # Errors.
 
-EVERY = [f for f in projectors.__all__ if f not in ("fusion", "through")]
+EVERY = [f for f in projectors.__all__ if f not in ("fusion", "select", "through")]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -718,3 +718,27 @@ def test_what_no_such_projector_joins(make, student, teacher, said):
 def test_stages_that_cannot_be_fused(student, teacher, said):
     with pytest.raises(UsageError, match=said):
         projectors.fusion(student, teacher)
+
+
+def test_select_keeps_evenly_spaced_entries() -> None:
+    weight = torch.arange(24.0).reshape(8, 3)
+    part = projectors.select(weight, torch.zeros(4, 3))(weight)
+    assert torch.equal(part, weight[::2])
+    whole = projectors.select(weight, weight)
+    assert torch.equal(whole(weight), weight)  # nothing to select: itself
+    both = projectors.select(torch.zeros(7, 5), torch.zeros(3, 2))
+    assert torch.equal(both(torch.arange(35.0).reshape(7, 5)), torch.tensor(
+        [[0.0, 4.0], [15.0, 19.0], [30.0, 34.0]]
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "says"),
+    [
+        ((4, 3), (4,), "different numbers of dimensions"),
+        ((4, 3), (4, 5), "nothing can be selected"),
+    ],
+)
+def test_select_says_what_it_cannot(teacher: tuple, student: tuple, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        projectors.select(torch.zeros(teacher), torch.zeros(student))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import attar
 from attar.losses import cross_entropy, kl_divergence, mse
+from attar.models import projectors
 from attar.models.projectors import linear
 from attar.runtime import PreflightError, UsageError
 from attar.training import Objective, Term, check, fit, ramp
@@ -401,3 +402,19 @@ def test_crd_remembers_its_rows_and_pulls(blobs: attar.data.Splits, net: partial
                progress=False)  # fmt: skip
     assert done.plan.projector_parameters > 0
     assert done.plan.gradients["memory_contrast(feature:body)"] > 0
+
+
+def test_a_small_layer_is_pulled_to_a_part_of_a_large_one(net: partial[nn.Module]) -> None:
+    student, teacher = net(width=4), net(width=8, seed=1)
+    told = told_by(teacher, "param:body.*")
+    term = Term(
+        attar.losses.l2_starting_point, "param:body.*", teacher_projector=projectors.select
+    )  # fmt: skip
+    objective = Objective(student, TASK, [term], label_weight=0, example=(batch(), told))
+    loss = objective(batch(), told).loss
+    gaps = [
+        student.body.weight - teacher.body.weight[::2], student.body.bias - teacher.body.bias[::2],
+    ]  # fmt: skip
+    torch.testing.assert_close(loss, sum(gap.square().sum() for gap in gaps) / 2)
+    loss.backward()
+    torch.testing.assert_close(student.body.weight.grad, gaps[0].detach())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from attar.runtime import Closing
+from attar.runtime import Closing, PreflightError
 from attar.signals.address import KINDS, Address, parameters_at, parse
 from attar.signals.gradient import Gradients, differentiable
 from attar.signals.tap import Tap
@@ -34,7 +34,8 @@ class Hearing(Closing):
             asked[address.kind].append(address)
         self._model = model
         self._task = task
-        self._outputs = [(a.text, a.text.removeprefix("output:")) for a in asked["output"]]
+        self._whose = whose
+        self._outputs = asked["output"]
         self._parameters = {a.text: parameters_at(model, a, whose) for a in asked["param"]}
         self._gradients = Gradients(model, asked["grad"], whose) if asked["grad"] else None
         features = [a.text for a in asked["feature"] + asked["input"]]
@@ -75,10 +76,28 @@ class Hearing(Closing):
         return out, heard
 
     def _read(self, out: Any, heard: dict[str, Any], keep: bool) -> None:
-        for address, name in self._outputs:
-            heard[address] = self._task.output(out, name)
-        for address, parameter in self._parameters.items():
-            heard[address] = parameter if keep else _detached(parameter)
+        for address in self._outputs:
+            if address.key is None:
+                heard[address.text] = self._task.output(out, address.path)
+            else:
+                heard[address.text] = self._part(out, address)
+        for text, parameter in self._parameters.items():
+            heard[text] = parameter if keep else _detached(parameter)
+
+    def _part(self, out: Any, address: Address) -> Tensor:
+        """One of several tensors that an output holds, such as ``hidden_states[3]``."""
+        try:
+            whole = out[address.path] if isinstance(out, Mapping) else getattr(out, address.path)
+            part = whole[address.key]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            part = None
+        if not isinstance(part, Tensor):
+            raise PreflightError(
+                f"'{address.text}': what the {self._whose} returns has no such part (a "
+                f"{type(out).__name__}); a model of transformers gives hidden_states and "
+                "attentions where its config says output_hidden_states or output_attentions"
+            )
+        return part
 
     def _differentiated(
         self, gradients: Gradients, batch: dict[str, Tensor], told: dict[str, Any], keep: bool

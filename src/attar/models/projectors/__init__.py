@@ -6,6 +6,7 @@ from attar.models.projectors.linear import linear, mlp
 from attar.models.projectors.normalize import layer_norm, whiten
 from attar.models.projectors.orthogonal import orthogonal
 from attar.models.projectors.pool import pool
+from attar.models.projectors.select import select
 from attar.models.projectors.through import through
 from attar.models.projectors.tokens import tokens
 
@@ -17,6 +18,7 @@ __all__ = [
     "mlp",
     "orthogonal",
     "pool",
+    "select",
     "through",
     "tokens",
     "whiten",
