@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c requirements/constraints.txt
 
-.PHONY: env demo test test-deep check format bench docs clean
+.PHONY: env demo test test-deep check format bench conformance docs clean
 
 env: $(VENV)/.dev
 
@@ -22,23 +22,29 @@ test-deep: $(VENV)/.dev
 	OMP_NUM_THREADS=1 ATTAR_DEEP=1 $(BIN)/python -m pytest -n 2 -m ""
 
 check: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples docs/make_losses.py
+	$(BIN)/ruff check src tests benchmarks examples docs/make_losses.py
 	$(BIN)/mypy
+	$(BIN)/python docs/make_losses.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests benchmarks examples
-	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples docs/make_losses.py
+	$(BIN)/ruff check --fix src tests benchmarks examples docs/make_losses.py
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: .venv-bench/.done
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/loop.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/features.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/taps.py --check
+
+conformance: .venv-conformance/.done
+	OMP_NUM_THREADS=1 .venv-conformance/bin/python benchmarks/conformance.py --check
 
 clean:
-	rm -rf $(VENV) .venv-bench site build dist src/*.egg-info
+	rm -rf $(VENV) .venv-bench .venv-conformance site build dist src/*.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,4 +68,15 @@ $(VENV)/.dev: $(VENV)/.core
 	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
 	.venv-bench/bin/python -m pip install --quiet $(CONSTRAINTS) --requirement requirements/bench.txt --editable .
 	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 mlxtend==0.25.0
+	touch $@
+
+# Nothing here may bring torchvision, torchaudio or another build of torch.
+.venv-conformance/.done: requirements/conformance.txt pyproject.toml
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
+	    .venv-conformance/bin/python -m pip install "torch==$(TORCH)"
+	.venv-conformance/bin/python -m pip install --quiet $(CONSTRAINTS) \
+	    --requirement requirements/conformance.txt --editable .
+	.venv-conformance/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 keras==3.15.1 \
+	    trl==1.16.0 torchtune==0.6.1 nvidia-modelopt==0.47.0
 	touch $@

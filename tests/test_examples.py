@@ -26,7 +26,9 @@ BANDS = ["teacher.train.epochs=8", "teacher.train.batch_size=16", "teacher.train
 BANDS += ["teacher.model.width=8", "stages.0.epochs=2", "seeds=1"]
 SCENES = ["data.train=200", "data.test=50", "teacher.train.epochs=2", "teacher.train.batch_size=8"]
 SCENES += ["teacher.model.width=4", "stages.0.epochs=1"]
+PAIR = [f"teacher.ensemble.{k}.train.epochs=4" for k in (0, 1)] + ["stages.0.epochs=2", "seeds=1"]
 QUICK: dict[str, list[str]] = {
+    "assistant.yaml": [*FEW, "stages.1.epochs=2"],
     "digits.yaml": FEW,
     "few_labels.yaml": ["teacher.train.epochs=40", "stages.0.epochs=1", "seeds=1"],
     "fashion_mnist.yaml": [*BANDS, "data.folder={clothes}"],
@@ -34,6 +36,7 @@ QUICK: dict[str, list[str]] = {
     "images.yaml": [*BANDS, "data.folder={photos}", "data.size=16"],
     "own_model.yaml": FEW,
     "transformers_teacher.yaml": FEW,
+    "two_teachers.yaml": PAIR,
     "yeast.yaml": ["data.path={genes}/genes.csv", "stages.0.epochs=2", "seeds=1"],
 }
 PLUGINS = {"own_model.yaml": ["own_model.py"]}

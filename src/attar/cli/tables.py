@@ -60,25 +60,54 @@ def print_plan(plan: dict[str, Any]) -> None:
         )
     ]
     for role in ("teacher", "student"):
-        size = plan[role]
-        lines.append(
-            (
-                role,
-                f"{size['model']}: {size['parameters']:,} parameters, "
-                f"{_count(size['macs'])} multiply-adds an example",
-            )
-        )
-    ratio = plan["teacher"]["parameters"] / max(plan["student"]["parameters"], 1)
-    lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
+        lines.append((role, _size(plan[role])))
+        members = plan[role].get("members", ())
+        lines += [(f"  member {index}", _size(each)) for index, each in enumerate(members)]
+    if "parameters" in plan["teacher"]:
+        ratio = plan["teacher"]["parameters"] / max(plan["student"]["parameters"], 1)
+        lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
     lines += _learned(plan["saw"])
     for index, stage in enumerate(plan["stages"]):
-        lines += [(f"stage {index}", _stage(stage, seeds)), *map(_term, stage["terms"])]
+        lines.append((f"stage {index}", _stage(stage, seeds)))
+        if "assistant" in stage:
+            lines.append(("  assistant", _size(stage["assistant"])))
+        lines += [_term(term, stage["gradients"]) for term in stage["terms"]]
+        lines += _labels(stage["gradients"])
+        if stage["lopsided"]:
+            lines.append(("  warning", stage["lopsided"]))
     if "export" in plan:
         made = plan["export"]
         formats = f"{', '.join(made['formats'])}; tried on the untrained student"
         lines.append((made["folder"], formats))
     _print_rows(lines, 11)
+    _print_proposals(plan["stages"])
     console.print("checked: every stage ran on one batch. Nothing was trained.")
+
+
+def _size(size: dict[str, Any]) -> str:
+    if "parameters" not in size:
+        return str(size["model"])
+    return (
+        f"{size['model']}: {size['parameters']:,} parameters, "
+        f"{_count(size['macs'])} multiply-adds an example"
+    )
+
+
+def _print_proposals(stages: Sequence[dict[str, Any]]) -> None:
+    """The terms of pairing: auto as lines of a recipe, never folded, to be taken over."""
+    found = [
+        (index, one["lines"]) for index, stage in enumerate(stages) for one in stage["proposals"]
+    ]
+    for index, lines in found:
+        console.print(f"\nproposed for stage {index}, to write instead of pairing: auto:")
+        for line in lines:
+            console.print(f"      {line}", soft_wrap=True, markup=False)
+    if found:
+        console.print(
+            "The CKA is of the nets as they are now. A run proposes anew when the stage begins, "
+            "after what is trained before it; written lines stay.\n",
+            soft_wrap=True,
+        )
 
 
 def _learned(saw: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
@@ -103,14 +132,28 @@ def _stage(stage: dict[str, Any], seeds: int) -> str:
     )
 
 
-def _term(term: dict[str, Any]) -> tuple[str, str]:
+def _labels(gradients: dict[str, float]) -> list[tuple[str, str]]:
+    if "labels" not in gradients or len(gradients) < 2:
+        return []
+    return [("  labels", f"weighted gradient {gradients['labels']:.3g}")]
+
+
+def _term(term: dict[str, Any], gradients: dict[str, float]) -> tuple[str, str]:
     teacher = f"{term['teacher']} {term['teacher_shape']}" if term["teacher"] else "labels"
     lines = [
-        f"{term['name']}, {term['value']:.4g} on the first batch",
+        f"{term['name']}, {term['value']:.4g} on the first batch, weighted gradient "
+        f"{gradients.get(term['name'], 0):.3g}",
         f"student {term['student']} {term['student_shape']}, teacher {teacher}",
     ]
     if term["projector"]:
         lines.append(f"projector {term['projector']}")
+    if term["teacher_projector"]:
+        lines.append(f"on the teacher's side {term['teacher_projector']}")
+    if "grad:" in term["student"]:
+        lines.append(
+            "costs a backward pass of the teacher and one of the student in each step, and the "
+            "student's is differentiated again: two to three times a step without it"
+        )
     return "  term", "\n".join(lines)
 
 

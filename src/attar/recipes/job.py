@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from attar.data import Source
 from attar.evaluation import Seen, bootstrap, collect, count_macs
 from attar.recipes import exports
 from attar.recipes.parts import Parts, parted
+from attar.recipes.proposal import proposed
 from attar.recipes.recipe import Recipe, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
 from attar.recipes.teachers import (
@@ -26,15 +28,21 @@ from attar.recipes.teachers import (
     seeded,
     taught_task,
 )
+from attar.recipes.turns import Turn
 from attar.runtime import PreflightError, eval_mode
 from attar.tasks import Regression, Task
 from attar.tasks.task import Rows
-from attar.teachers import Ensemble, Teacher, learned_weights
+from attar.teachers import EMA, Ensemble, Teacher, learned_weights
 from attar.training import Term, distill, train
 from attar.training import check as check_stage
 
 # What is said of a student that knows something; one that starts at random has no use for it.
 INHERITED = {"init", "freeze", "unfreeze_every", "layer_decay", "frozen_batch_norm", "l2_sp"}
+
+
+# Keeps the starts of one seed's students apart from those of other seeds; a generator of the CPU
+# reads the lower 32 bits of a seed.
+GENERATION = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Job:
     @property
     def asked(self) -> Teacher | Ensemble:
         """The teacher, ready to be opened by a stage."""
+        assert self.members, "a teacher that follows the student is made for each stage"
         return asked_of(self.recipe.teacher, self.members, self.task, self.weights)
 
     @property
@@ -74,6 +83,12 @@ class Job:
         model = self.asked.model
         assert model is not None
         return model
+
+    @property
+    def momentum(self) -> float | None:
+        """Of the student's moving average, where that is the teacher."""
+        plan = self.recipe.teacher
+        return plan.ema if isinstance(plan, TeacherPlan) else None
 
     @property
     def teaches_first(self) -> bool:
@@ -123,12 +138,38 @@ class Job:
         found["distilled"] = Seen(shown.rows, max(shown.labelled, more))
         return found | ({"baseline": alone} if self.labelled else {})
 
-    def student(self, number: int) -> nn.Module:
-        """The student before training, for the seed of this *number*."""
+    def student(self, number: int, later: int = 0) -> nn.Module:
+        """The student before training, for the seed of this *number*.
+
+        Args:
+            later: how many students start anew after it; each has another start.
+        """
         made = self.recipe.student
         if isinstance(made, nn.Module):
             return copied(made)
-        return seeded(self.recipe.seed + number, partial(made_model, made, self.train, self.task))
+        return self.made(made, number, later)
+
+    def made(self, make: Callable[..., nn.Module], number: int, later: int) -> nn.Module:
+        """A model for the data, its random start of the seed of this *number*."""
+        seed = self.recipe.seed + number + later * GENERATION
+        return seeded(seed, partial(made_model, make, self.train, self.task))
+
+    def learners(
+        self, number: int, start: nn.Module, *, with_teacher: bool
+    ) -> Iterator[tuple[Turn, nn.Module, nn.Module | None]]:
+        """Who learns in each stage, and whom the stage before left behind.
+
+        The student that starts last starts as *start*; the baseline is one student throughout.
+        """
+        own, last = start, None
+        for index, turn in enumerate(self.recipe.turns):
+            learner = own
+            if with_teacher and turn.assistant is not None:
+                learner = self.made(turn.assistant, number, index)
+            elif with_teacher and turn.later is not None:
+                learner = own = self.student(number, turn.later) if turn.later else start
+            yield turn, learner, last
+            last = learner
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -173,7 +214,7 @@ def check_job(job: Job) -> dict[str, Any]:
     for member in job.members:
         if member.training is not None:
             check_stage(member.model, None, job.parts.teacher, job.task, **member.training)
-    if job.distils and not job.teaches_first:
+    if job.distils and job.momentum is None and not job.teaches_first:
         check_floor(job)
     student = job.student(0)
     copied(student)
@@ -192,7 +233,9 @@ def check_job(job: Job) -> dict[str, Any]:
         "student": _sizes(job, student),
         "saw": {name: asdict(seen) for name, seen in job.saw.items()},
         "seeds": job.recipe.seeds,
-        "stages": [_checked(job, student, stage) for stage in job.recipe.trainings],
+        "stages": [
+            _checked(job, student, *each) for each in job.learners(0, student, with_teacher=True)
+        ],
     }
     if job.recipe.exporting is not None:
         plan["export"] = exports.check_stage(job, student)
@@ -209,6 +252,11 @@ def _check_question(job: Job) -> None:
         raise PreflightError(
             "no stage is distill and none has init, so student and baseline would be the same; "
             "add do: distill with terms, or init: the folder of a model to start from"
+        )
+    if job.momentum is not None and job.recipe.goal is not None:
+        raise PreflightError(
+            "the goal is a share of the teacher's metric, and a teacher that follows the student "
+            "has none of its own; leave goal out"
         )
     if not job.distils and job.recipe.goal is not None:
         raise PreflightError(
@@ -227,6 +275,11 @@ def _check_label_weights(job: Job) -> None:
             f"labels is {few:,}, but no stage is distill, so rows without labels are of no use; "
             f"write examples: {few} instead, or add do: distill"
         )
+    if job.momentum is not None and verb(job.recipe.trainings[0]) is distill:
+        raise PreflightError(
+            f"with labels: {few} a distill stage has no labels, and a teacher that follows the "
+            "student knows no more than it; begin with a stage do: train"
+        )
     for index, stage in enumerate(job.recipe.trainings):
         options = stage.keywords if isinstance(stage, partial) else {}
         weight = options.get(
@@ -241,6 +294,8 @@ def _check_label_weights(job: Job) -> None:
 
 
 def _teacher_sizes(job: Job) -> dict[str, Any]:
+    if job.momentum is not None:
+        return {"model": f"the student's own moving average, momentum {job.momentum}"}
     whole = _sizes(job, job.teacher)
     if len(job.members) == 1:
         return whole
@@ -259,14 +314,18 @@ def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _checked(job: Job, student: nn.Module, stage: Any) -> dict[str, Any]:
+def _checked(
+    job: Job, student: nn.Module, turn: Turn, learner: nn.Module, before: nn.Module | None
+) -> dict[str, Any]:
     if job.labelled:
-        _, plain = stage_of(job, stage, with_teacher=False)
-        rows = rows_of_stage(job, stage, with_teacher=False)
+        _, plain = stage_of(job, turn, student, None, with_teacher=False)
+        rows = rows_of_stage(job, turn.stage, with_teacher=False)
         check_stage(student, None, rows, job.task, **plain)
-    teacher, options = stage_of(job, stage, with_teacher=True)
-    rows = rows_of_stage(job, stage, with_teacher=True)
-    return check_stage(student, teacher, rows, job.task, **options).to_json()
+    teacher, options = stage_of(job, turn, learner, before, with_teacher=True)
+    rows = rows_of_stage(job, turn.stage, with_teacher=True)
+    found = check_stage(learner, teacher, rows, job.task, **options)
+    plan = found.to_json() | {"proposals": proposed(found, options.get("terms", ()))}
+    return plan if turn.assistant is None else plan | {"assistant": _sizes(job, learner)}
 
 
 def rows_of_stage(job: Job, stage: Any, *, with_teacher: bool) -> Source:
@@ -280,14 +339,16 @@ def _seen(source: Source) -> Seen:
     return Seen(len(source), 0 if source.labels is None else len(source))
 
 
-def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Any, dict[str, Any]]:
+def stage_of(
+    job: Job, turn: Turn, learner: nn.Module, before: nn.Module | None, *, with_teacher: bool
+) -> tuple[Any, dict[str, Any]]:
     """The teacher and options of a stage; without the teacher it is the baseline's stage.
 
     Where no stage asks the teacher for anything, what the student inherits is what is judged: the
     baseline then starts at random, and all of it learns from the first step.
     """
-    options = dict(stage.keywords) if isinstance(stage, partial) else {}
-    function = verb(stage)
+    options = dict(turn.stage.keywords) if isinstance(turn.stage, partial) else {}
+    function = verb(turn.stage)
     if function not in (distill, train):
         called = getattr(function, "__name__", function)
         raise PreflightError(f"a stage is distill, train or export, not {called}")
@@ -303,7 +364,13 @@ def stage_of(job: Job, stage: Any, *, with_teacher: bool) -> tuple[Any, dict[str
             left_out |= INHERITED
         options = {k: v for k, v in options.items() if k not in left_out}
         return None, {"label_weight": 1.0, **job.common, **options}
-    return job.asked, {**job.common, **options}
+    return _asked(job, turn, learner, before), {**job.common, **options}
+
+
+def _asked(job: Job, turn: Turn, learner: nn.Module, before: nn.Module | None) -> Any:
+    if turn.previous and before is not None:
+        return Teacher(before, job.task)
+    return job.asked if job.momentum is None else EMA(learner, job.task, momentum=job.momentum)
 
 
 def _fresh(term: Term) -> Term:

@@ -18,6 +18,7 @@ from attar.models.types import Model
 from attar.recipes import document as documents
 from attar.recipes.resolve import Resolver
 from attar.recipes.rooms import rooms
+from attar.recipes.turns import Turn, turns_of
 from attar.runtime import PreflightError, UsageError
 from attar.tasks import Task
 
@@ -42,6 +43,9 @@ class TeacherPlan:
 
     ``ensemble``: several teachers that answer as one (``attar.Ensemble``), by ``weighting`` and
     ``temperature``; ``learned`` weights are found on the validation rows, once all are trained.
+
+    ``ema``: the teacher is the moving average of each student itself (``attar.EMA``), of this
+    momentum.
     """
 
     model: Model | None = None
@@ -53,6 +57,7 @@ class TeacherPlan:
     ensemble: Sequence[TeacherPlan] | None = None
     weighting: Literal["mean", "entropy", "confidence", "learned"] | list[float] = "mean"
     temperature: Annotated[float, Gt(0)] = 1.0
+    ema: Annotated[float, Interval(ge=0, lt=1)] | None = None
 
     @property
     def projects(self) -> bool:
@@ -60,8 +65,14 @@ class TeacherPlan:
         return self.project or self.classes is not None
 
     def __post_init__(self) -> None:
+        own = (self.model, self.load, self.train, self.classes, self.size)
+        plain = not self.project and all(each is None for each in own)
+        if self.ema is not None:
+            if self.ensemble is not None or not plain:
+                raise ValueError("beside ema stands nothing: the teacher is the student's average")
+            return None
         if self.ensemble is not None:
-            return self._check_ensemble(self.ensemble)
+            return self._check_ensemble(self.ensemble, plain)
         if (self.weighting, self.temperature) != ("mean", 1.0):
             raise ValueError("weighting and temperature are of several teachers: add ensemble")
         if self.model is None and self.load is None:
@@ -84,14 +95,13 @@ class TeacherPlan:
                 "are resized to what the teacher was built for"
             )
 
-    def _check_ensemble(self, members: Sequence[TeacherPlan]) -> None:
-        own = (self.model, self.load, self.train, self.classes, self.size)
-        if self.project or any(each is not None for each in own):
+    def _check_ensemble(self, members: Sequence[TeacherPlan], plain: bool) -> None:
+        if not plain:
             raise ValueError("beside ensemble stand weighting and temperature alone")
         if len(members) < 2:
             raise ValueError(f"an ensemble needs at least two members, not {len(members)}")
-        if any(member.ensemble is not None for member in members):
-            raise ValueError("a member of an ensemble is one teacher, not an ensemble")
+        if any(member.ensemble is not None or member.ema is not None for member in members):
+            raise ValueError("a member of an ensemble is a model that is loaded or trained")
         weighting = self.weighting
         if not isinstance(weighting, str) and len(weighting) != len(members):
             raise ValueError(
@@ -123,7 +133,9 @@ class Recipe:
         teacher: a plan, or a trained module.
         student: a family of ``attar.models`` with its options, a module, or a function that
             makes one.
-        stages: what is done to the student, in order.
+        stages: what is done to the student, in order. A distill stage with ``teacher="previous"``
+            has the model of the stage before teach a student that starts anew; with ``student``,
+            a model like the recipe's, that one learns, to teach the next stage.
         goal: what it has to keep.
         examples: how many of the training rows the student is given, the same share of each
             class; all when left out. A teacher that is trained here is given all.
@@ -175,11 +187,17 @@ class Recipe:
             raise ValueError(
                 "the recipe only exports; put a stage that trains before it, such as - do: distill"
             )
+        turns_of(self.trainings)  # refuses an order in which somebody learns for nothing
 
     @property
     def trainings(self) -> Sequence[Stage]:
         """The stages that train."""
         return [stage for stage in self.stages if verb(stage) is not export]
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Who learns and who teaches in each of them."""
+        return turns_of(self.trainings)
 
     @property
     def exporting(self) -> dict[str, Any] | None:

@@ -13,15 +13,16 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Callable as AbcCallable
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from attar.recipes.document import Document, Path_
-from attar.recipes.rooms import SUPPLIED, Room
+from attar.recipes.rooms import SAID, SUPPLIED, Room
 from attar.runtime import PreflightError, suggest
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -83,7 +84,9 @@ class Resolver:
     ) -> Callable[..., Any]:
         if not isinstance(given, dict):
             raise self.fail(path, f"expected a table of options, not {given!r}")
-        options = self.options(given, member, path, supplied=SUPPLIED[room], spared=spared)
+        said = SAID.get(getattr(member, "__name__", ""), {}) if room == "stages" else {}
+        supplied = SUPPLIED[room].difference(said)
+        options = self.options(given, member, path, supplied=supplied, spared=spared, said=said)
         return partial(member, **options) if options else member
 
     def table(self, raw: Any, kind: type, path: Path_) -> Any:
@@ -107,10 +110,15 @@ class Resolver:
         *,
         supplied: frozenset[str] = frozenset(),
         spared: Sequence[str] = (),
+        said: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """The options of *member* that *given* writes, each as its signature's type."""
+        """The options of *member* that *given* writes, each as its signature's type.
+
+        Args:
+            said: types of what may be written, though a stage would supply it otherwise.
+        """
         parameters = inspect.signature(member).parameters
-        hints = _hints(member)
+        hints = {**_hints(member), **said}
         writable = {
             name: parameter
             for name, parameter in parameters.items()
@@ -127,7 +135,8 @@ class Resolver:
                 raise self.fail(
                     (*path, name), f"there is no '{name}' here; {suggest(name, known)}", key=True
                 )
-        missing = [n for n, p in writable.items() if p.default is p.empty and n not in given]
+        needed = [n for n, p in writable.items() if p.default is p.empty and n not in said]
+        missing = [name for name in needed if name not in given]
         if missing:
             names = " and ".join(f"'{name}'" for name in missing)
             raise self.fail(path, f"{names} {'is' if len(missing) == 1 else 'are'} missing here")

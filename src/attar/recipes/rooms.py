@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 
+from attar.models.types import Model
 from attar.runtime import UsageError
 
 Room = dict[str, Callable[..., Any]]
@@ -50,6 +51,9 @@ SUPPLIED: dict[str, frozenset[str]] = {
     ),
     "tasks": frozenset({"mean", "std"}),
 }
+
+# What a recipe may say of it all the same, by the member's name: words, or a model to be built.
+SAID: dict[str, dict[str, Any]] = {"distill": {"teacher": Literal["previous"], "student": Model}}
 
 
 def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:

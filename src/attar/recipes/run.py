@@ -30,6 +30,7 @@ from attar.recipes.job import (
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
 from attar.recipes.teachers import Member
+from attar.recipes.turns import Turn
 from attar.reporting import page
 from attar.runtime import (
     PreflightError,
@@ -213,11 +214,17 @@ def _loaded(
 def _teach(desk: Desk) -> tuple[Desk, Arm]:
     """Train the teachers that are not loaded, and refuse what has learnt nothing."""
     arm, job = Arm(), desk.job
+    if job.momentum is not None:
+        desk.say(
+            f"teacher    the student's own moving average, momentum {job.momentum}; as it moves, "
+            "the verdict compares student and baseline alone"
+        )
+        return desk, arm
     done = [_fit_teacher(desk, m) for m in job.members if m.training is not None]
     if done:
         arm.seconds.append(sum(each.seconds for each in done))
     if (weights := learned(job)) is not None:
-        job = replace(job, weights=desk.ranks.first(weights))
+        job = replace(job, weights=tuple(desk.ranks.first(weights)))
         desk = replace(desk, job=job)
         desk.say(f"{'weights':<10} {', '.join(f'{weight:.3f}' for weight in weights)}")
     if done:
@@ -260,8 +267,7 @@ def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
             if name == "baseline" and not job.labelled:
                 arms["start"].rows.append(desk.rows(start))
                 continue
-            student = copied(start)
-            _train_arm(desk, arms[name], name, number, student)
+            student = _train_arm(desk, arms[name], name, number, copied(start))
             of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
             took = _took(arms[name].seconds[-1])
             called = job.called if name == "distilled" else name
@@ -272,17 +278,19 @@ def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
     return arms
 
 
-def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module) -> None:
-    """Take the student through every stage and evaluate what comes out."""
+def _train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) -> nn.Module:
+    """Go through every stage, evaluate what comes out and return it."""
     job = desk.job
     seed = job.recipe.seed + number
     fits: list[Fit] = []
-    for index, stage in enumerate(job.recipe.trainings):
-        teacher, options = stage_of(job, stage, with_teacher=name == "distilled")
+    taught = name == "distilled"
+    for turn, learner, before in job.learners(number, start, with_teacher=taught):
+        index = len(fits)
+        teacher, options = stage_of(job, turn, learner, before, with_teacher=taught)
         done = fit(
-            student,
+            learner,
             teacher,
-            rows_of_stage(job, stage, with_teacher=teacher is not None),
+            rows_of_stage(job, turn.stage, with_teacher=teacher is not None),
             job.task,
             validation=job.validation,
             home=desk.home(arm=name, seed=seed, stage=index),
@@ -292,14 +300,25 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, student: nn.Module)
             **options,
         )
         fits.append(done)
+        _say_of_stage(desk, turn, learner, number, name)
         arm.teacher_seconds += done.teacher_seconds
     arm.finals.append(fits[-1])
     arm.seconds.append(sum(done.seconds for done in fits))
+    student = fits[-1].student
     arm.rows.append(desk.rows(student))
     chosen = copy_of_state(student)
     student.load_state_dict(fits[-1].last)
     arm.last.append(desk.rows(student))
     student.load_state_dict(chosen)
+    return student
+
+
+def _say_of_stage(desk: Desk, turn: Turn, learner: nn.Module, number: int, name: str) -> None:
+    """A word on a model that will not be judged."""
+    if name == "distilled" and (turn.assistant is not None or turn.later):
+        called = "assistant" if turn.assistant is not None else "generation"
+        of = f" {number + 1}/{desk.job.recipe.seeds}" if desk.job.recipe.seeds > 1 else ""
+        desk.say(f"{called + of:<16}{_score(desk, learner)} on validation")
 
 
 def _save_best(desk: Desk, arm: Arm, folder: str, loaded: Loaded) -> None:
@@ -357,7 +376,7 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
     seconds = {name: arm.mean_seconds() for name, arm in timed.items()}
     return judge(
         job.task,
-        teacher=taught.rows[0] if job.distils else None,
+        teacher=taught.rows[0] if job.distils and taught.rows else None,
         others={} if job.distils else {job.elder: taught.rows},
         baseline=baseline.rows or None,
         distilled=distilled.rows,
@@ -377,7 +396,8 @@ def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
     job = desk.job
     inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
     run = desk.run.folder
-    models, folders = {job.elder: job.teacher}, {}
+    models: dict[str, nn.Module] = {job.elder: job.teacher} if job.members else {}
+    folders: dict[str, Path] = {}
     if len(job.members) == 1:
         loaded = job.members[0].loaded
         folders[job.elder] = run / "teacher" if loaded is None else Path(loaded)

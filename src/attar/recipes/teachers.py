@@ -42,10 +42,15 @@ class Member:
 def members_of(
     recipe: Recipe, parts: Parts, task: Task, common: Mapping[str, Any]
 ) -> tuple[Member, ...]:
-    """Build or load every model that teaches; of several each has a seed of its own."""
+    """Build or load every model that teaches; of several each has a seed of its own.
+
+    There is none where the teacher is the average of the student.
+    """
     plan = recipe.teacher
     if isinstance(plan, nn.Module):
         return (Member(plan, "teacher", recipe.seed),)
+    if plan.ema is not None:
+        return ()
     if plan.ensemble is None:
         return (_member(plan, "teacher", recipe.seed, parts, task, common),)
     found = []
@@ -69,7 +74,7 @@ def asked_of(
     """
     if not isinstance(plan, TeacherPlan) or plan.ensemble is None:
         return Teacher(members[0].model, task)
-    weighting = plan.weighting
+    weighting: Any = plan.weighting
     if weighting == "learned":
         if not isinstance(task, Classification):
             raise PreflightError(

@@ -2,6 +2,17 @@
 
 from attar.signals.address import Address, module_at, parameters_at, parse
 from attar.signals.hearing import Hearing, Signal
+from attar.signals.pairing import Pair, pairs
 from attar.signals.tap import Tap
 
-__all__ = ["Address", "Hearing", "Signal", "Tap", "module_at", "parameters_at", "parse"]
+__all__ = [
+    "Address",
+    "Hearing",
+    "Pair",
+    "Signal",
+    "Tap",
+    "module_at",
+    "pairs",
+    "parameters_at",
+    "parse",
+]

@@ -15,6 +15,7 @@ from attar.training.optimization import (
     ramp,
     sgd,
 )
+from attar.training.pairing import paired
 from attar.training.peers import mutual
 from attar.training.plan import Plan
 from attar.training.preflight import StagePlan
@@ -43,6 +44,7 @@ __all__ = [
     "fit",
     "linear",
     "mutual",
+    "paired",
     "ramp",
     "sgd",
     "train",

@@ -126,7 +126,7 @@ def fit(
             if home is None:
                 _epochs(stage, session, validation, log, bar)
             else:
-                facts = made_with(stage, data, validation, terms, label_weight)
+                facts = made_with(stage, data, validation, stage.terms, label_weight)
                 facts["start"] = None if start is None else start.digest
                 _kept_epochs(stage, session, validation, bar, home, facts)
             if loop.average is not None:

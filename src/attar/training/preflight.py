@@ -21,6 +21,7 @@ from attar.runtime import (
 )
 from attar.tasks import Task
 from attar.training.objective import Counts, Objective
+from attar.training.pairing import Proposal
 from attar.training.plan import Plan
 from attar.training.term import BoundTerm, each, takes_tuples
 
@@ -49,6 +50,7 @@ class TermShapes:
     teacher: str | None
     teacher_shape: Shape | None
     projector: str | None
+    teacher_projector: str | None
     value: float
 
 
@@ -57,7 +59,8 @@ class StagePlan:
     """What a stage is going to do; ``attar check`` prints it.
 
     ``gradients`` are the norms of the gradients that the weighted terms and the labels give the
-    student on the first batch, in eval mode, with schedules at half way.
+    student on the first batch, in eval mode, with schedules at half way. ``proposals`` are the
+    pairs that stand for the terms of ``pairing: auto``.
     """
 
     examples: int
@@ -70,6 +73,7 @@ class StagePlan:
     checkpoint_bytes: int
     terms: list[TermShapes]
     gradients: dict[str, float]
+    proposals: list[Proposal]
 
     @property
     def lopsided(self) -> str | None:
@@ -88,7 +92,7 @@ class StagePlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return asdict(self)
+        return asdict(self) | {"lopsided": self.lopsided}
 
 
 def steps_of(examples: int, plan: Plan) -> int:
@@ -228,7 +232,8 @@ def _dry_term(
         student_shape=_shape(student),
         teacher=None if term.teacher is None else _listed(term.teacher),
         teacher_shape=_shape(target) if target else None,
-        projector=None if term.projector is None else _describe(term.projector),
+        projector=_describe(term.projector),
+        teacher_projector=_describe(term.teacher_projector),
         value=float(value.detach().mean()),
     )
 
@@ -315,6 +320,7 @@ def plan_stage(
     plan: Plan,
     terms: list[TermShapes],
     gradients: dict[str, float],
+    proposals: list[Proposal],
 ) -> StagePlan:
     """Put the numbers of a stage together."""
     student = objective.student
@@ -335,10 +341,13 @@ def plan_stage(
         * sum(t.numel() * t.element_size() for t in objective.state_dict().values()),
         terms=terms,
         gradients=gradients,
+        proposals=proposals,
     )
 
 
-def _describe(projector: nn.Module) -> str:
+def _describe(projector: nn.Module | None) -> str | None:
+    if projector is None:
+        return None
     parameters = sum(p.numel() for p in projector.parameters())
     return f"{str(projector).splitlines()[0]}, {parameters:,} parameters"
 

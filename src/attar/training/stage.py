@@ -30,6 +30,7 @@ from attar.tasks import Task
 from attar.teachers import Teacher
 from attar.training.objective import Objective
 from attar.training.optimization import make_optimizer
+from attar.training.pairing import expanded
 from attar.training.plan import Plan
 from attar.training.preflight import (
     StagePlan,
@@ -51,6 +52,7 @@ class Stage:
     """A checked stage, ready to run: made by ``prepared``."""
 
     objective: Objective
+    terms: Sequence[Term]
     teacher: Any
     plan: Plan
     shapes: StagePlan
@@ -117,6 +119,10 @@ def _prepared(
     dtype = resolve_precision(plan.precision, device)
     if plan.compile:
         _check_compile(device)
+    terms, proposals = expanded(terms, student, teacher, data, task, device)
+    if proposals:  # what near ties make of rounding could differ from rank to rank
+        addresses = [[pair.student, pair.teacher] for one in proposals for pair in one.pairs]
+        ranks.same("the pairs of pairing: auto", addresses)
     _check_signals(terms, plan, dtype, ranks)
     asked = asked_of_teacher(terms, f"output:{task.outputs[0]}")
     if asked and teacher is None:
@@ -152,9 +158,11 @@ def _prepared(
                 check_smallest_batch(student, frozen, task, batch, len(data), plan, ranks.world)
                 shapes = dry_pass(objective, batch, told)
                 gradients = pulls(objective, batch, told)
-                stage = plan_stage(objective, teacher, data, plan, shapes, gradients)
+                stage = plan_stage(objective, teacher, data, plan, shapes, gradients, proposals)
                 example = batch, told
-                yield Stage(objective, teacher, plan, stage, ranks, device, dtype, frozen, example)
+                yield Stage(
+                    objective, terms, teacher, plan, stage, ranks, device, dtype, frozen, example
+                )
         finally:
             restore_modes(modes)
             student.to(home)

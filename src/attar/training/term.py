@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from annotated_types import Ge
@@ -38,6 +38,8 @@ class Term:
         weight: factor of the term, or a function of progress that gives it.
         projector: builds a small trained adapter on the student's side from example signals.
         teacher_projector: builds a fixed map on the teacher's side, which must train nothing.
+        pairing: ``auto`` makes this a term for each pair of features that
+            ``attar.signals.pairs`` proposes, each with this weight; see ``paired``.
     """
 
     loss: Loss
@@ -46,6 +48,7 @@ class Term:
     weight: Annotated[float, Ge(0)] | Schedule = 1.0
     projector: Projector | None = None
     teacher_projector: Projector | None = None
+    pairing: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -57,6 +60,22 @@ class Term:
         for side in ("student", "teacher"):
             if isinstance(given := getattr(self, side), list):
                 object.__setattr__(self, side, tuple(given))
+        if self.pairing is not None:
+            self._check_pairing()
+
+    def _check_pairing(self) -> None:
+        if self.pairing != "auto":
+            raise UsageError(f"a term's pairing is {self.pairing!r}; it is auto, or left out")
+        if self.student is not None or self.teacher is not None:
+            raise UsageError(
+                "a term with pairing: auto finds its signals itself; leave student and teacher "
+                "out, or pairing"
+            )
+        if "teacher" not in supplied(self.loss):
+            raise UsageError(
+                f"pairing: auto is for a loss that compares with a teacher; {loss_name(self.loss)} "
+                "does not; leave pairing out"
+            )
 
 
 def loss_name(loss: Callable[..., Any]) -> str:
@@ -148,6 +167,11 @@ class BoundTerm(nn.Module):
 
     def __init__(self, term: Term, main: str, name: str) -> None:
         super().__init__()
+        if term.pairing is not None:
+            raise UsageError(
+                f"the term '{name}' has pairing: auto, which distill makes terms of; for an "
+                "objective of your own use attar.training.paired(...)"
+            )
         self.name = name
         self.student: Addresses = term.student or main  # type: ignore[assignment]
         self.teacher = teacher_address(term, main)
