@@ -152,7 +152,7 @@ def _term(term: dict[str, Any], gradients: dict[str, float]) -> tuple[str, str]:
     if "grad:" in term["student"]:
         lines.append(
             "costs a backward pass of the teacher and one of the student in each step, and the "
-            "student's is differentiated again: two to three times a step without it"
+            "student's is differentiated again: a step takes about three times as long"
         )
     return "  term", "\n".join(lines)
 
