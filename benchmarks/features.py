@@ -4,7 +4,8 @@ Both run a small pair of residual networks on 64 images of 32 x 32: the teacher 
 the student forward and backward, an optimiser step. By hand means forward hooks, a projector and
 the loss as one writes them in plain PyTorch. Their gradients are compared before anything is timed.
 
-Goal: attar's step takes at most 1.05 of the one by hand, beyond what two copies of that differ by.
+Goal: attar's step takes at most 1.05 of the one by hand. The null, a second copy of the step by hand
+beside the first, says what the machine cannot tell apart; it is shown and not subtracted.
 
     python benchmarks/features.py [--check] [--json FILE] [--quick]
 """
@@ -138,14 +139,10 @@ there already, in the same way. All medians; one thread."""
 def main() -> int:
     options = flags(__doc__ or "")
     torch.set_num_threads(1)
-    rounds = 4 if options.quick else 60
+    rounds = 4 if options.quick else 20
     rows = {name: measure(method, rounds) for name, method in METHODS.items()}
     goals = [
-        Goal(
-            f"{name}: attar / by hand, beyond the null",
-            row["step"] - abs(row["null"] - 1),
-            MOST,
-        )
+        Goal(f"{name}: attar / by hand (null {row['null']:.3f})", row["step"], MOST)
         for name, row in rows.items()
     ]
     report = {"environment": environment(["torch", "attar"]), "methods": rows}

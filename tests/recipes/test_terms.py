@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from attar.recipes import check, run
 from attar.recipes.document import Document
 from attar.recipes.resolve import Resolver
 from attar.recipes.rooms import rooms
@@ -49,3 +50,26 @@ def test_several_addresses_are_a_list(tmp_path: Path) -> None:
     found = term("{loss: mse, student: [feature:a, feature:b], teacher: feature:c}", tmp_path)
     assert found.student == ("feature:a", "feature:b")
     assert found.teacher == "feature:c"
+
+
+DROWNED = """
+task: image-classification
+data: digits
+teacher: {model: {name: mlp, widths: [16]}, train: {epochs: 3}}
+student: {name: mlp, widths: [8]}
+stages:
+  - do: distill
+    epochs: 1
+    terms:
+      - {loss: kl_divergence, weight: 0.9}
+      - {loss: relation_distance, student: "input:head", weight: 1.0e+5}
+"""
+
+
+def test_a_run_begins_with_what_drowns(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(DROWNED)
+    plan = check(tmp_path / "recipe.yaml")["stages"][0]
+    assert plan["lopsided"] is not None
+    said: list[str] = []
+    run(tmp_path / "recipe.yaml", folder=tmp_path / "run", say=said.append, progress=False)
+    assert said[1].startswith("warning    'relation_distance(input:head)' pulls ")

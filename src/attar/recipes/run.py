@@ -135,6 +135,8 @@ def run(
             if loaded.plugins:
                 home.write("plugins.json", loaded.plugins)
             say(f"data       {_described(job)}")
+            for warning in (w for stage in plans["stages"] if (w := stage["lopsided"])):
+                say(f"warning    {warning}")
             desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
             desk, taught = _teach(desk)
             arms = _students(desk, loaded)
