@@ -4,8 +4,8 @@ Both run a small pair of residual networks on 64 images of 32 x 32: the teacher 
 the student forward and backward, an optimiser step. By hand means forward hooks, a projector and
 the loss as one writes them in plain PyTorch. Their gradients are compared before anything is timed.
 
-Goal: attar's step takes at most 1.05 of the one by hand. The null, a second copy of the step by hand
-beside the first, says what the machine cannot tell apart; it is shown and not subtracted.
+Goal: attar's step takes at most 1.05 of the one by hand. The null, a second copy of the step by
+hand beside the first, says what the machine cannot tell apart; it is shown and not subtracted.
 
     python benchmarks/features.py [--check] [--json FILE] [--quick]
 """
