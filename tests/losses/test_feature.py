@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attar.losses import (
     activation_boundary,
+    bounded_mse,
     cosine_distance,
     hierarchical_context,
     mse,
@@ -202,3 +203,21 @@ def test_several_maps_are_reviewed_one_by_one() -> None:
     both = hierarchical_context(student, teacher)
     apart = [hierarchical_context(s, t) for s, t in zip(student, teacher, strict=True)]
     torch.testing.assert_close(both, apart[0] + apart[1])
+
+
+def test_the_teacher_bounds_the_error_and_is_not_copied() -> None:
+    labels = torch.zeros(3, 2)
+    student = torch.tensor([[3.0, 4.0], [0.5, 0.0], [1.0, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    value = bounded_mse(student, teacher, labels)
+    torch.testing.assert_close(value, torch.tensor([12.5, 0.0, 0.0]))
+    value.sum().backward()
+    torch.testing.assert_close(student.grad, torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]))
+    # Better than the teacher by less than the margin is not good enough.
+    wider = bounded_mse(student, teacher, labels, margin=0.5)
+    torch.testing.assert_close(wider, torch.tensor([12.5, 0.125, 1.0]))
+
+
+def test_the_bound_needs_numbers_for_labels() -> None:
+    with pytest.raises(ValueError, match="labels must be numbers"):
+        bounded_mse(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))

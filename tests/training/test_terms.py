@@ -418,3 +418,18 @@ def test_a_small_layer_is_pulled_to_a_part_of_a_large_one(net: partial[nn.Module
     torch.testing.assert_close(loss, sum(gap.square().sum() for gap in gaps) / 2)
     loss.backward()
     torch.testing.assert_close(student.body.weight.grad, gaps[0].detach())
+
+
+def test_labels_reach_a_loss_in_the_units_of_the_output() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 2, generator=generator)
+    targets = 100 + 50 * inputs[:, :1]
+    source = attar.data.TensorSource(inputs, targets)
+    task = attar.tasks.Regression().fitted(source)
+    asked = source.rows(torch.arange(64))
+    student = nn.Linear(2, 1)
+    told = {"output:values": (targets - targets.mean()) / targets.std(correction=0)}  # no error
+    term = Term(attar.losses.bounded_mse)
+    objective = Objective(student, task, [term], label_weight=1.0)
+    parts = objective(asked, told)
+    torch.testing.assert_close(parts.terms["bounded_mse"], parts.terms["labels"])

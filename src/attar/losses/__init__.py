@@ -24,6 +24,7 @@ from attar.losses.divergence import (
 from attar.losses.encoder import absolute_and_cosine, attention_relation, attention_scores
 from attar.losses.feature import (
     activation_boundary,
+    bounded_mse,
     cosine_distance,
     hierarchical_context,
     mse,
@@ -66,6 +67,7 @@ __all__ = [
     "attention_scores",
     "attention_transfer",
     "binary_kl",
+    "bounded_mse",
     "centered_mse",
     "channel_correlation",
     "channel_kl",

@@ -87,9 +87,12 @@ class Regression(Task):
 
     def loss(self, out: Any, batch: Batch) -> Tensor:
         """Squared error in standardised units, mean over the targets, [N]."""
-        values = self.output(out, "values")
+        return mse(self.output(out, "values"), self.labels(batch))
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The labels standardised, [N, targets]."""
         mean, std = self._units(batch["labels"])
-        return mse(values, (batch["labels"] - mean) / std)
+        return (batch["labels"] - mean) / std
 
     def rows(self, out: Any, batch: Batch) -> Rows:
         """Predicted values in the target's units and labels, both [N, targets]."""

@@ -74,6 +74,10 @@ class Task(ABC):
             f"return a tensor [N, {self.width or 'C'}], or a dict with the key '{name}'"
         )
 
+    def labels(self, batch: Batch) -> Tensor:
+        """The labels in the units of the main output, as a loss that names them is given them."""
+        return batch["labels"]
+
     def mask(self, batch: Batch) -> Tensor | None:
         """Which positions count; None when each example is one position and all count."""
         return None

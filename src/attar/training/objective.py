@@ -113,6 +113,7 @@ class Objective(Closing, nn.Module):
         self._hearing = Hearing(student, task, self._wanted(), "student").open()
         try:
             self._build(terms, example, {"model": model, "rows": rows})
+            self._labelled = any("labels" in term.needs for term in bound)
         except BaseException:
             self.close()
             raise
@@ -168,11 +169,12 @@ class Objective(Closing, nn.Module):
         progress: float,
     ) -> tuple[list[Tensor], list[float], list[float]]:
         mask = self.task.mask(batch)
+        named = self.named(batch)
         values: list[Tensor] = []
         scales: list[float] = []
         weights: list[float] = []
         for term in self._bound:
-            value = term.value(heard, told, batch, mask, progress)
+            value = term.value(heard, told, named, mask, progress)
             if value.ndim == 0:  # a relation: its share of the step's examples
                 scales.append(len(batch["inputs"]) / max(counts.examples, 1))
             else:
@@ -207,6 +209,10 @@ class Objective(Closing, nn.Module):
     def close(self) -> None:
         """Take the hooks off the student."""
         self._hearing.close()
+
+    def named(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as terms see it: labels in the units of the output."""
+        return {**batch, "labels": self.task.labels(batch)} if self._labelled else batch
 
     def signals(
         self, batch: dict[str, Tensor], told: dict[str, Any] | None = None

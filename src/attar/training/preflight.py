@@ -213,9 +213,10 @@ def _dry_term(
     _check_signals(term, student)
     try:
         mask = objective.task.mask(batch)
-        value = term.value(heard, told, batch, mask, 0.0)
+        named = objective.named(batch)
+        value = term.value(heard, told, named, mask, 0.0)
         for progress in (0.5, 1.0) if term.scheduled else ():
-            term.value(heard, told, batch, mask, progress)
+            term.value(heard, told, named, mask, progress)
     except AttarError:
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -304,7 +305,7 @@ def _check_meaning(
     logits = heard[main]
     shift = torch.linspace(1, 2, len(logits), device=logits.device, dtype=logits.dtype)
     moved = heard | {main: logits + shift.view(-1, *[1] * (logits.ndim - 1))}
-    again = term.value(moved, told, batch, task.mask(batch), 0.0)
+    again = term.value(moved, told, objective.named(batch), task.mask(batch), 0.0)
     if torch.allclose(again, value, rtol=1e-3, atol=1e-6):
         raise PreflightError(
             f"the loss '{term.name}' compares the outputs of an example with one another (a "
