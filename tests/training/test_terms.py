@@ -433,3 +433,9 @@ def test_labels_reach_a_loss_in_the_units_of_the_output() -> None:
     objective = Objective(student, task, [term], label_weight=1.0)
     parts = objective(asked, told)
     torch.testing.assert_close(parts.terms["bounded_mse"], parts.terms["labels"])
+
+
+def test_what_is_equal_at_the_start_drowns_nowhere(
+    blobs: attar.data.Splits, net: partial[nn.Module]
+) -> None:
+    assert check(net(), net(), blobs.train, TASK, [SOFT]).lopsided is None

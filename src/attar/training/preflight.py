@@ -31,6 +31,8 @@ STATE_COPIES = 3
 
 HALF_WAY = 0.5
 
+EQUAL = 1e-7  # a value that is rounding
+
 # A term that pulls this much harder than another drowns it.
 LOPSIDED = 100
 
@@ -78,7 +80,9 @@ class StagePlan:
     @property
     def lopsided(self) -> str | None:
         """What to say where one term pulls 100 times as hard as another."""
-        pulls = {name: norm for name, norm in self.gradients.items() if norm > 0}
+        # What is equal already, as a student and its own average are, pulls at nothing yet.
+        equal = {term.name for term in self.terms if abs(term.value) < EQUAL}
+        pulls = {n: norm for n, norm in self.gradients.items() if norm > 0 and n not in equal}
         if not pulls:
             return None
         strong, weak = max(pulls, key=pulls.__getitem__), min(pulls, key=pulls.__getitem__)
