@@ -171,6 +171,8 @@ def test_what_cannot_be_differentiated_is_said() -> None:
         hearing(batch())
     with pytest.raises(UsageError, match="has no module '22'"):
         Hearing(model, TASK, ["grad:top/22"])
+    with pytest.raises(UsageError, match=r"'grad:top/inptus': .*did you mean 'inputs'"):
+        Hearing(model, TASK, ["grad:top/inptus"])
     with pytest.raises(UsageError, match="has no embedding"):
         Hearing(model, TASK, ["grad:top/embeddings"])
 

@@ -439,3 +439,11 @@ def test_what_is_equal_at_the_start_drowns_nowhere(
     blobs: attar.data.Splits, net: partial[nn.Module]
 ) -> None:
     assert check(net(), net(), blobs.train, TASK, [SOFT]).lopsided is None
+
+
+def test_layers_of_other_sizes_are_told_of_the_index_map(
+    blobs: attar.data.Splits, net: partial[nn.Module]
+) -> None:
+    term = Term(mse, "param:body.weight")
+    with pytest.raises(PreflightError, match="add teacher_projector: select"):
+        check(net(width=4), net(width=8), blobs.train, TASK, [term])

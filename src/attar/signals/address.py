@@ -80,12 +80,13 @@ def _check_gradient(text: str, path: str) -> None:
 
 def module_at(model: nn.Module, address: Address, whose: str = "model") -> nn.Module:
     """The submodule that an address names; a mistyped path lists the nearest names."""
-    path = address.path.partition("/")[2] if address.kind == "grad" else address.path
+    gradient = address.kind == "grad"
+    path = address.path.partition("/")[2] if gradient else address.path
     try:
         return model.get_submodule(path)
     except AttributeError:
         names = [name for name, _ in model.named_modules() if name]
-        said = suggest(path, names)
+        said = suggest(path, [INPUTS, EMBEDDINGS, *names] if gradient else names)
         if said.startswith("choose"):  # nothing is near: the parts one level down say most
             said = suggest("", [name for name, _ in model.named_children()])
         hint = " (a term without teacher: takes the student's address)" * (whose == "teacher")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.runtime import PreflightError, UsageError
-from attar.signals.address import EMBEDDINGS, INPUTS, Address
+from attar.signals.address import EMBEDDINGS, INPUTS, Address, module_at
 
 Batch = dict[str, Tensor]
 CHOSEN = {"top": "grad:top", "probe": "grad:probe"}  # what the student must take from the teacher
@@ -35,6 +35,8 @@ class Gradients:
             of, _, wrt = address.path.partition("/")
             if wrt == EMBEDDINGS:
                 wrt = _embedding_path(model, address, whose)
+            elif wrt != INPUTS:
+                module_at(model, address, whose)  # what is mistyped is said as it was written
             heard = wrt if wrt == INPUTS else f"feature:{wrt}{_suffix(address)}"
             self._wanted.setdefault(of, []).append((address.text, heard))
 

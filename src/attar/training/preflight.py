@@ -268,6 +268,8 @@ def _check_signals(term: BoundTerm, student: list[Tensor]) -> None:
 
 
 def _hint(term: BoundTerm) -> str:
+    if all(a.startswith("param:") for a in each(term.student)) and not term.teacher_projector:
+        return "; add teacher_projector: select, which takes as many rows and columns of it"
     inner = all(a.startswith(("feature:", "input:")) for a in each(term.student))
     return "; add projector: linear" if inner and not term.projector else ""
 
