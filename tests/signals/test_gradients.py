@@ -193,3 +193,28 @@ def test_no_hook_is_left(net: partial[nn.Module]) -> None:
     with Hearing(model, TASK, ["grad:top/body", "feature:body"]):
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_teachers_parameters_carry_no_graph_either() -> None:
+    told = attar.Teacher(smooth(1), TASK).open(["param:0.weight", "param:*.bias"])(batch())
+    assert not told["param:0.weight"].requires_grad
+    assert not any(part.requires_grad for part in told["param:*.bias"])
+
+
+def test_a_second_call_can_be_differentiated_for() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+            self.start = nn.Linear(2, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(self.start(x))))
+
+    torch.manual_seed(0)
+    model = Twice()
+    last = heard(model, "grad:top/layer@1")
+    goal = F.one_hot(last["grad:top"][:, 0], 3).double()
+    torch.testing.assert_close(last["grad:top/layer@1"], goal)  # the output for itself
+    first = heard(model, "grad:top/layer@0")["grad:top/layer@0"]
+    assert not torch.allclose(first, goal)
