@@ -446,3 +446,26 @@ def test_a_disk_that_fills_up_stops_the_run_and_harms_nothing(
     with pytest.raises(OSError, match="No space left"):
         go(blobs, net, tmp_path / "run")
     assert digest(go(blobs, net, tmp_path / "run")) == whole[0]
+
+
+BUILT = [
+    Term(partial(attar.losses.memory_contrast, negatives=24, dimensions=4), "feature:body"),
+    Term(attar.losses.variational, "feature:norm", "feature:body", weight=0.1),
+    Term(attar.losses.mse, "feature:body", projector=attar.models.projectors.linear,
+         teacher_projector=partial(attar.models.projectors.whiten, batches=20)),
+]  # fmt: skip
+
+
+def test_losses_with_a_memory_and_moving_maps_resume_to_the_same_bits(
+    blobs: Any, net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memories and their unit, trained scales, running statistics, random probes."""
+    probes = Term(attar.losses.sobolev, "grad:probe/inputs", weight=0.1)
+    monkeypatch.setitem(globals(), "TERMS", [*BUILT, probes])
+    known = digest(go(blobs, net, tmp_path / "whole"))
+    for batch in (4, 17):
+        crashed(blobs, net, tmp_path / "run", batch)
+    assert digest(go(blobs, net, tmp_path / "run")) == known
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
