@@ -31,6 +31,7 @@ LEFT_OUT = {
 }
 LABELS = {"Shapes": "Shapes", "Paper": "Weight and paper", "Papers": "Weight and papers"}
 Loss = Callable[..., Any]
+NAMES = [name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))]
 
 
 def main() -> int:
@@ -62,7 +63,7 @@ def generated() -> str:
 def families() -> dict[str, list[str]]:
     """The names by module, in the order in which the modules define them."""
     found: dict[str, list[str]] = {}
-    for name in losses.__all__:
+    for name in NAMES:
         found.setdefault(getattr(losses, name).__module__, []).append(name)
     for names in found.values():
         names.sort(key=lambda name: inspect.getsourcelines(getattr(losses, name))[1])
@@ -168,7 +169,7 @@ def escape(text: str) -> str:
 
 def linked(text: str) -> str:
     """Names of losses lead to their sections."""
-    known = "|".join(losses.__all__)
+    known = "|".join(NAMES)
     return re.sub(rf"`({known})`", r"[`\1`](#\1)", text)
 
 
@@ -220,7 +221,7 @@ def load(path: Path) -> Any:
 
 
 def law_lines(laws: Mapping[str, list[str]]) -> Iterator[str]:
-    every = set(losses.__all__)
+    every = set(NAMES)
     plain = {name for name in every if not has_state(getattr(losses, name))}
     yield "## Laws"
     yield ""
@@ -238,7 +239,7 @@ def law_lines(laws: Mapping[str, list[str]]) -> Iterator[str]:
             word = "all but " + ", ".join(f"`{name}`" for name in missing)
         yield f"| {law} | {word} |"
     yield ""
-    states = ", ".join(f"[`{n}`](#{n})" for n in losses.__all__ if n in every - plain)
+    states = ", ".join(f"[`{n}`](#{n})" for n in NAMES if n in every - plain)
     yield (
         f"The losses with a state ({states}) have tests of their own. Zero at equality is not "
         "asked of losses that full agreement leaves above zero, and the gradient's law not of "
@@ -304,7 +305,7 @@ def _words(
             more = _words(known[word], {k: v for k, v in known.items() if k != word}, cases)
             names |= more[0]
             found |= more[1]
-        elif word in losses.__all__:
+        elif word in NAMES:
             names.add(str(word))
         if isinstance(part, ast.Constant) and part.value in cases:
             found.add(str(part.value))

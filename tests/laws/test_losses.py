@@ -198,10 +198,11 @@ def taking(rows: Tensor | slice, given: Arguments) -> Arguments:
     return {name: value[rows] for name, value in given.items()}
 
 
-FACTORIES = [name for name in losses.__all__ if is_factory(getattr(losses, name))]
+NAMES = [name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))]
+FACTORIES = [name for name in NAMES if is_factory(getattr(losses, name))]
 ALL = [
     pytest.param(of_tensors(getattr(losses, name)), id=name)
-    for name in losses.__all__
+    for name in NAMES
     if name not in FACTORIES
 ]
 TOLD = [case for case in ALL if "teacher" in supplied(case.values[0])]

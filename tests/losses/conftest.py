@@ -30,7 +30,10 @@ class Case:
     rtol: float
 
     def assert_value(self, value: Tensor, expected: str = "loss", factor: float = 1.0) -> None:
-        wanted = torch.tensor(self.expected[expected], dtype=torch.float64) * factor
+        self.close(value, torch.tensor(self.expected[expected], dtype=torch.float64) * factor)
+
+    def close(self, value: Tensor, wanted: Any) -> None:
+        wanted = torch.as_tensor(wanted, dtype=torch.float64)
         torch.testing.assert_close(value.double(), wanted, rtol=self.rtol, atol=1e-12)
 
     def assert_gradient(self, value: Tensor, name: str = "z_s", output: str = "") -> None:

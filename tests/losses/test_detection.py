@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attar.losses import focal_features, kl_divergence, localization_kl, mse, quality_focal
+from attar.losses import (
+    focal_features,
+    global_context,
+    kl_divergence,
+    localization_kl,
+    mse,
+    quality_focal,
+)
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -34,8 +41,12 @@ def test_focal_part_with_the_start_of_the_global_one_is_the_golden_value(oracle:
     case = oracle("fgd")
     student, teacher = case.inputs["f_s"], case.inputs["f_t"]
     on = weights([case.inputs["boxes0"], case.inputs["boxes1"]], (64, 80), 8, 10)
-    relation = mse(student, teacher).mean() * student[0].numel()
+    start = global_context(student, teacher)
+    start.student.look.weight.data.copy_(case.inputs["ms_w"].squeeze(3))
+    start.teacher.look.weight.data.copy_(case.inputs["mt_w"].squeeze(3))
+    relation = start(student, teacher).mean() * student[0].numel()
     case.assert_value(relation, "rela")
+    case.assert_value(mse(student, teacher).mean() * student[0].numel(), "rela")
     value = 1e-3 * focal_features(student, teacher, on).mean() + 5e-6 * relation
     case.assert_value(value)
     case.assert_gradient(value, "f_s")
@@ -49,6 +60,21 @@ def test_attention_part_alone_is_the_golden_value(oracle: Any) -> None:
     )
     case.assert_value(with_ - without, "mask_loss")
     assert without.item() == 0
+
+
+def test_a_gap_weighs_as_the_golden_attention_of_its_position_and_its_channel(oracle: Any) -> None:
+    case = oracle("fgd")
+    teacher = case.inputs["f_t"].detach()
+    for row, where, which in zip(
+        teacher, case.expected["S_attention_t"], case.expected["C_attention_t"], strict=True
+    ):
+        # Each row errs by one at one value, and every position counts one.
+        many = row.expand(row.numel(), *row.shape)
+        student = many + torch.eye(row.numel(), dtype=row.dtype).view(-1, *row.shape)
+        on = torch.ones(row.numel(), *row.shape[1:])
+        each = focal_features(student, many, on, attention=0.0).view(row.shape)
+        case.close(each.mean(0), where)
+        case.close(each.mean((1, 2)), which)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])

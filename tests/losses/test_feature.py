@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attar.losses import (
     activation_boundary,
+    active_mse,
     bounded_mse,
     cosine_distance,
     hierarchical_context,
@@ -184,6 +185,23 @@ class TestPartialMSE:
     def test_where_the_teacher_is_on_it_is_mse(self) -> None:
         student, teacher = features(4, 6), features(4, 6, seed=1).abs()
         torch.testing.assert_close(partial_mse(student, teacher), mse(student, teacher))
+
+
+class TestActiveMSE:
+    def test_the_sum_over_all_values_is_the_published_number(self) -> None:
+        student, teacher = features(4, 6, 3).requires_grad_(), features(4, 6, 3, seed=1)
+        on = ((student > 0) | (teacher > 0)).double()
+        wanted = ((student - teacher) ** 2 * on).sum()
+        value = active_mse(student, teacher)
+        assert value.shape == (4,)
+        torch.testing.assert_close(value.mean() * teacher.numel(), wanted)
+        both = (torch.autograd.grad(v, student)[0] for v in (value.mean() * 72, wanted))
+        torch.testing.assert_close(*both)
+
+    def test_off_on_both_sides_is_off_however_far(self) -> None:
+        student = torch.tensor([[-1e4, 0.0, 2.0, -3.0]])
+        value = active_mse(student, torch.tensor([[-2.0, -9.0, -1.0, 1.0]]))
+        assert value.item() == (9 + 16) / 4
 
 
 @pytest.mark.parametrize("loss", [cosine_distance, normalized_smooth_l1])

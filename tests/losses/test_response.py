@@ -57,6 +57,25 @@ class TestKLDivergence:
         case.assert_value(loss)
         case.assert_gradient(loss)
 
+    def test_golden_of_counted_tokens_is_larger_by_the_teachers_entropy(self, oracle: Any) -> None:
+        case = oracle("llm_forward_kl")
+        counted = case.inputs["label"] >= 0
+        teacher = case.inputs["z_t"][counted]
+        loss = kl_divergence(case.inputs["z_s"][counted], teacher, temperature=1.0).mean()
+        entropy = torch.distributions.Categorical(logits=teacher).entropy().mean()
+        case.assert_value(loss + entropy)
+        case.assert_gradient(loss)  # zero in the rows that do not count
+
+    def test_no_counted_token_is_zero_where_a_published_mean_is_nan(self, oracle: Any) -> None:
+        case = oracle("edge_all_tokens_masked")
+        counted = case.inputs["label"] >= 0
+        rows = kl_divergence(case.inputs["z_s"][counted], case.inputs["z_t"][counted])
+        value = rows.sum() / max(len(rows), 1)  # as an objective divides
+        case.assert_value(value, "trl_jsd")
+        assert math.isnan(case.expected["distillm_forward_kl"])
+        (gradient,) = torch.autograd.grad(value, case.inputs["z_s"])
+        assert not gradient.any()
+
     def test_modelopt_default_is_smaller_by_the_number_of_classes(self, oracle: Any) -> None:
         case = oracle("modelopt_logits_kd_T2")
         loss = kl_divergence(case.inputs["z_s"], case.inputs["z_t"], temperature=2.0)

@@ -208,6 +208,43 @@ class TestProbabilityGram:
         case.assert_value(loss, output)
         case.assert_gradient(loss, output=f"{output}::")
 
+    def test_the_published_whole_is_these_parts_with_its_slips(self, oracle: Any) -> None:
+        """Masks that only rescale; strong views without T = 2 and 6, and without Gram matrices."""
+        case = oracle("mlld_full_official")
+        weak, strong = (
+            (case.inputs[f"z_s_{view}"], case.inputs[f"z_t_{view}"].detach())
+            for view in ("weak", "strong")
+        )
+        answers = weak[1].softmax(1)
+        sure, share = answers.amax(1), answers.sum(0)
+        unsure, rare = ((v <= v.quantile(0.5)).to(v.dtype).mean().item() for v in (sure, share))
+
+        def soft(view: tuple[Tensor, Tensor], *temperatures: float) -> Any:
+            return sum(kl_divergence(*view, temperature=t).mean() for t in temperatures)
+
+        def matrices(**without: float) -> Any:
+            return sum(
+                probability_gram(*weak, temperature=t, **without) / t**2
+                for t in (4.0, 3.0, 5.0, 2.0, 6.0)
+            )
+
+        labelled = sum(
+            cross_entropy(view[0], case.inputs["target"]).mean() for view in (weak, strong)
+        )
+        parts = {
+            "loss_ce": 0.1 * labelled,
+            "loss_kd": 0.9 * unsure * soft(weak, 4.0, 3.0, 5.0, 2.0, 6.0)
+            + 0.9 * (soft(strong, 4.0, 3.0, 5.0) + soft(weak, 2.0, 6.0)),
+            "loss_cc": 0.9 * rare * matrices(examples=0.0),
+            "loss_bc": 0.9 * unsure * matrices(classes=0.0),
+        }
+        for name, value in parts.items():
+            case.assert_value(value, name)
+        total = sum(parts.values())
+        case.assert_value(total, "total")
+        for name in ("z_s_weak", "z_s_strong"):
+            case.assert_gradient(total, name)
+
     @pytest.mark.parametrize(("rows", "classes"), [(7, 3), (4, 4), (3, 7)])
     def test_value_is_the_difference_of_both_matrices(self, rows: int, classes: int) -> None:
         student, teacher = pair(rows, classes)

@@ -14,11 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar import losses
-from attar.losses import masked_generative, memory_contrast, variational
+from attar.losses import (
+    curriculum_kl,
+    global_context,
+    kl_divergence,
+    masked_generative,
+    memory_contrast,
+    mse,
+    variational,
+)
 
 ROWS = 20
 # Signals of a batch of five that each is built from, and called with.
 FORMS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "curriculum_kl": ((6,), (6,)),
+    "global_context": ((4, 4, 5), (4, 4, 5)),
     "masked_generative": ((3, 4, 5), (2, 4, 5)),
     "memory_contrast": ((5,), (7,)),
     "variational": ((3, 4, 5), (2, 4, 5)),
@@ -33,7 +43,7 @@ every = pytest.mark.parametrize("name", NAMES)
 
 def signal(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def pair(name: str, count: int = 5) -> tuple[Tensor, Tensor]:
@@ -53,8 +63,8 @@ def value(loss: nn.Module, student: Tensor, teacher: Tensor, seed: int = 0) -> T
     """The loss [N], with the same random numbers for the same seed."""
     torch.manual_seed(seed)
     named = inspect.signature(loss.forward).parameters
-    supplied = {"ids": torch.arange(len(student)) * 3} if "ids" in named else {}
-    return loss(student, teacher, **supplied)
+    known = {"ids": torch.arange(len(student)) * 3, "progress": 0.5}
+    return loss(student, teacher, **{key: known[key] for key in known if key in named})
 
 
 # Laws.
@@ -81,6 +91,9 @@ def test_the_signature_is_the_contract(name: str) -> None:
 @every
 def test_a_value_a_row_and_gradients_of_student_and_weights_alone(name: str) -> None:
     loss = build(name)
+    with torch.no_grad():
+        for weight in loss.parameters():
+            weight.add_(0.1 * signal(*weight.shape))  # some start at zero, and hold others there
     student, teacher = (side.requires_grad_() for side in pair(name))
     result = value(loss, student, teacher)
     result.sum().backward()
@@ -149,12 +162,12 @@ def test_what_is_saved_goes_on_to_the_bit(name: str) -> None:
 
 @every
 def test_options_out_of_range_and_other_signals_are_refused(name: str) -> None:
-    for option in {"masked", "temperature", "momentum", "negatives", "dimensions", "rows"}:
-        if option in inspect.signature(getattr(losses, name)).parameters:
+    for option in set(inspect.signature(getattr(losses, name)).parameters) - {"student", "teacher"}:
+        for wrong in (-1, math.nan):
             with pytest.raises(ValueError, match=rf"{option} must"):
-                build(name, **{option: 0})
+                build(name, **{option: wrong})
     student, teacher = pair(name)
-    with pytest.raises(ValueError, match="same number of examples"):
+    with pytest.raises(ValueError, match=r"same (shape|number of examples)"):
         value(build(name), student, teacher[:-1])
 
 
@@ -247,6 +260,101 @@ def test_a_mask_over_something_else_is_refused() -> None:
         masked_generative(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), over="rows")
     with pytest.raises(ValueError, match="equal height and width"):
         masked_generative(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 4))
+
+
+# Global context.
+
+
+def published_context(maps: Tensor, block: nn.Module) -> Tensor:
+    """The published block on maps [N, C, H, W], written with two-dimensional layers."""
+    count, channels = maps.shape[:2]
+    where = F.conv2d(maps, block.look.weight.unsqueeze(3)).view(count, -1).softmax(1)
+    context = torch.einsum("ncp,np->nc", maps.flatten(2), where).view(count, channels, 1, 1)
+    first, norm, _, last = block.transform
+    hidden = F.conv2d(context, first.weight[:, :, None, None], first.bias)
+    weights = (given.view(-1, 1, 1) for given in (norm.weight, norm.bias))
+    hidden = F.layer_norm(hidden, hidden.shape[1:], *weights).relu()
+    return maps + F.conv2d(hidden, last.weight[:, :, None, None], last.bias)
+
+
+def test_global_context_is_the_published_blocks_on_both_sides() -> None:
+    student, teacher = signal(3, 6, 4, 5), signal(3, 6, 4, 5, seed=1)
+    loss = global_context(student, teacher)
+    torch.testing.assert_close(loss(student, teacher), mse(student, teacher))
+    with torch.no_grad():
+        for number, weight in enumerate(loss.parameters()):
+            weight.copy_(signal(*weight.shape, seed=number))
+    mine = published_context(student, loss.student)
+    theirs = published_context(teacher, loss.teacher)
+    torch.testing.assert_close(loss(student, teacher), mse(mine, theirs))
+    tokens = [side.flatten(2).transpose(1, 2) for side in (student, teacher)]
+    torch.testing.assert_close(loss(*tokens), loss(student, teacher))
+
+
+def test_global_context_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"same shape, got \(1, 3, 4, 4\) and \(1, 2, 4, 4\)"):
+        global_context(signal(1, 3, 4, 4), signal(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="built for 4 channels of the teacher, got 3"):
+        build("global_context")(signal(1, 3, 4, 4), signal(1, 3, 4, 4))
+
+
+# A trained temperature.
+
+
+def test_the_curriculum_is_the_golden_one_with_its_gradient_turned_round(oracle: Any) -> None:
+    case = oracle("ctkd_global_T")
+    student, teacher = case.inputs["z_s"], case.inputs["z_t"]
+    loss = curriculum_kl(student, teacher, lowest=1.0, highest=21.0, warmup=0.5)
+    result = loss(student, teacher, 0.25).mean()
+    case.assert_value(result)
+    case.assert_gradient(result)
+    case.assert_value(loss.temperature, "T")
+    (gradient,) = torch.autograd.grad(result, loss.theta)
+    case.assert_value(gradient, "grad_theta_reversed")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "progress", "strength"),
+    [(0.4, 0.0, 0.0), (0.4, 0.1, (1 - math.sqrt(0.5)) / 2), (0.4, 0.4, 1), (0.4, 1, 1), (0, 0, 1)],
+)
+def test_the_temperature_is_trained_against_the_student_by_progress(
+    warmup: float, progress: float, strength: float
+) -> None:
+    student, teacher = pair("curriculum_kl")
+    loss = curriculum_kl(student, teacher, lowest=2.0, highest=7.0, warmup=warmup)
+    with torch.no_grad():
+        loss.theta.fill_(-0.5)
+
+    def free(theta: Tensor) -> Tensor:
+        t = 2 + 5 * theta.sigmoid()
+        logs = ((side / t).log_softmax(1) for side in (student, teacher))
+        return F.kl_div(*logs, reduction="batchmean", log_target=True) * t**2
+
+    theta = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(free(theta), theta)
+    result = loss(student, teacher, progress).mean()
+    (gradient,) = torch.autograd.grad(result, loss.theta)
+    torch.testing.assert_close(result, free(theta))
+    torch.testing.assert_close(gradient, -strength * wanted)
+
+
+def test_classes_that_are_excluded_leave_the_trained_temperature_a_number() -> None:
+    student, teacher = pair("curriculum_kl")
+    student[:, 4:], teacher[:, 3:] = -math.inf, -math.inf
+    loss = build("curriculum_kl")
+    result = value(loss, student.requires_grad_(), teacher)
+    result.sum().backward()
+    wanted = kl_divergence(student, teacher, temperature=loss.temperature.item())
+    torch.testing.assert_close(result, wanted)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert loss.theta.grad is not None
+    assert loss.theta.grad.isfinite()
+
+
+def test_a_highest_temperature_below_the_lowest_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"above lowest, 3\.0, got 2\.0"):
+        curriculum_kl(*pair("curriculum_kl"), lowest=3.0, highest=2.0)
 
 
 # Memory.

@@ -443,10 +443,11 @@ def ending(teacher: nn.Module, channels: int = 4, **options: Any) -> tuple[nn.Mo
     return projectors.through(own, torch.randn(4, 10), path=paths, model=teacher, **options), own
 
 
-def test_the_teachers_own_feature_gives_the_teachers_own_answer(teacher):
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_teachers_own_feature_gives_the_teachers_own_answer(teacher, mode):
     images = torch.rand(4, 1, 8, 8)
-    feature = teacher[:3](images)
-    module, _ = ending(teacher)
+    module, _ = ending(teacher.train(mode))  # whatever mode the teacher is in as it is built
+    feature = teacher.eval()[:3](images)
     with torch.no_grad():
         module.adapter.weight.copy_(torch.eye(4)[:, :, None, None])
         module.adapter.bias.zero_()
@@ -465,6 +466,7 @@ def test_what_is_the_teachers_is_neither_trained_nor_saved_nor_moved(teacher):
     assert own.grad.any()
     assert all(p.grad.any() for p in module.parameters())
     assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for part in module._frozen for p in part.parameters())
     module.double()
     assert all(torch.equal(v, before[n]) for n, v in teacher.state_dict().items())
     assert all(v.dtype == before[n].dtype for n, v in teacher.state_dict().items())

@@ -80,6 +80,18 @@ def test_loading_builds_no_teacher_and_draws_nothing(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_to_note_how_it_is_built_draws_nothing_more():
+    small, large = made("mlp", {}), made("mlp", {"widths": [64]})
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = reuse_head(small, large, INPUTS)
+        states.append(torch.get_rng_state())
+        assert hasattr(model, "attar_build") == hasattr(small, "attar_build")
+        vars(small).pop("attar_build", None)  # a student that nothing is noted of
+    assert torch.equal(*states)
+
+
 def test_the_bottleneck_is_simkds():
     small, large = made("resnet", {"width": 4}), made("resnet", {"width": 8})
     for factor in (2, 4):

@@ -342,6 +342,13 @@ def test_resolution_decides_between_nets_of_other_numbers_of_stages() -> None:
     assert pairing.matched(mine, theirs, [[0.0] * 4] * 2, 2) == [(0, 2), (1, 3)]
 
 
+def test_one_resolution_alone_says_nothing_of_depth() -> None:
+    mine = side((0.5, 4), (1.0, 4))
+    theirs = side((0.25, 128), (0.5, 64), (0.75, 8), (1.0, 4))
+    assert pairing.matched(mine, theirs, [[0.0] * 4] * 2, 2) == [(0, 1), (1, 3)]
+    assert pairing.matched(theirs, mine, [[0.0] * 2] * 4, 2) == [(1, 0), (3, 1)]
+
+
 def cka(one: Tensor, two: Tensor) -> float:
     return float(pairing._kernel(one) @ pairing._kernel(two))
 

@@ -24,6 +24,7 @@ from attar.losses.divergence import (
 from attar.losses.encoder import absolute_and_cosine, attention_relation, attention_scores
 from attar.losses.feature import (
     activation_boundary,
+    active_mse,
     bounded_mse,
     cosine_distance,
     hierarchical_context,
@@ -55,11 +56,20 @@ from attar.losses.response import (
     transformed_teacher_kl,
     virtual_teacher,
 )
-from attar.losses.stateful import masked_generative, memory_contrast, variational
+from attar.losses.sparse import TopK, sampled_kl
+from attar.losses.stateful import (
+    curriculum_kl,
+    global_context,
+    masked_generative,
+    memory_contrast,
+    variational,
+)
 
 __all__ = [
+    "TopK",
     "absolute_and_cosine",
     "activation_boundary",
+    "active_mse",
     "adaptive_kl",
     "affinity_kl",
     "alpha_beta_divergence",
@@ -79,10 +89,12 @@ __all__ = [
     "cosine_distance",
     "cosine_relation",
     "cross_entropy",
+    "curriculum_kl",
     "decoupled_kl",
     "earth_mover",
     "factor_transfer",
     "focal_features",
+    "global_context",
     "gram",
     "hard_distillation",
     "hierarchical_context",
@@ -112,6 +124,7 @@ __all__ = [
     "relation_distance",
     "relaxed_ranking",
     "reverse_kl",
+    "sampled_kl",
     "similarity_preserving",
     "skewed_kl",
     "sobolev",

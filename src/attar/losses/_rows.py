@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# The losses that compare with a `TopK`.
+TAKE_TOP_K = (
+    "kl_divergence",
+    "reverse_kl",
+    "skewed_kl",
+    "jensen_shannon",
+    "total_variation",
+    "alpha_beta_divergence",
+    "sampled_kl",
+)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -18,8 +30,10 @@ def absent(student: Tensor, teacher: Tensor) -> Tensor:
     return (student == -math.inf) & (teacher == -math.inf)
 
 
-def check_same_shape(student: Tensor, teacher: Tensor) -> None:
-    """Refuse a pair that broadcasting would quietly compare."""
+def check_same_shape(student: Tensor, teacher: Any, *, sparse: bool = False) -> None:
+    """Refuse a pair that broadcasting would quietly compare, and a TopK unless `sparse`."""
+    if not sparse:
+        check_whole(teacher)
     if student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher must have the same shape, "
@@ -27,8 +41,18 @@ def check_same_shape(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_whole(teacher: Any) -> None:
+    """Refuse a teacher's side that holds some of its logits: a TopK."""
+    if not isinstance(teacher, Tensor) and hasattr(teacher, "log_tail"):
+        raise ValueError(
+            f"this loss compares with all of a teacher's values, and the teacher is a TopK, which "
+            f"holds some of its logits; keep them all, or use one of {', '.join(TAKE_TOP_K)}."
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Two tensors of logits [N, C] with C >= 2."""
+    check_whole(teacher)
     if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
         check_same_shape(student, teacher)
         check_classes(student)

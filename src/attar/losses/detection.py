@@ -103,8 +103,8 @@ def focal_features(
     each level of the pyramid: objects 1e-3, background 5e-4, attention 1e-3 (5e-4 in its
     configurations), T = 0.5: weight 1e-3 here, which the options are relative to. Sums grow with
     the resolution, so clip gradients (35 there). Its global part, a trained relation of positions,
-    is not part of it; it starts as Σ (s - t)², weight 5e-6, which is `mse` times the values an
-    example.
+    is a term of its own, `global_context`. The published boxes come to weights of positions by
+    rounding outwards to the grid, both ends included.
 
     Neighbours: `attention_transfer` compares the attention alone; `channel_correlation` needs no
     objects and is the first choice.

@@ -27,19 +27,20 @@ from attar.losses._softmax import (
     tempered,
     weighed,
 )
+from attar.losses.sparse import TopK, comparable
 from attar.losses.types import NotNegative, Positive, Share
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 1.0) -> Tensor:
+def reverse_kl(student: Tensor, teacher: Tensor | TopK, *, temperature: Positive = 1.0) -> Tensor:
     """Reverse KL (RKL), mode seeking: T² Σ_c q_c (log q_c - log p_c).
 
     p = softmax(teacher / T) and q = softmax(student / T). The student is asked not to expect what
     the teacher does not: it settles on some of the teacher's modes, where `kl_divergence` spreads
     over all of them.
 
-    Shapes: student and teacher [N, C] logits. Returns [N], in nats times T²; +inf, with no
-    gradient from that row, where the teacher excludes (logit -inf) what the student does not. A
-    class that the student excludes contributes nothing.
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
+    nats times T²; +inf, with no gradient from that row, where the teacher excludes (logit -inf)
+    what the student does not. A class that the student excludes contributes nothing.
 
     Papers: Gu et al., "MiniLLM", ICLR 2024, as a policy gradient; Ko et al., "DistiLLM", ICML 2024,
     as here. Their T is 1; codes without T²: weight_ours = weight_theirs / T². The official code
@@ -53,15 +54,13 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 1.0)
     >>> reverse_kl(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 3.0, 1.0]]))
     tensor([1.8226])
     """
-    check_logits(student, teacher)
-    check_positive("temperature", temperature)
-    log_q, log_p = log_probabilities(student, teacher, temperature)
+    log_q, log_p = log_probabilities(*comparable(student, teacher, temperature), temperature)
     return reverse_divergence(log_q, log_p) * temperature**2
 
 
 def skewed_kl(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     skew: Share = 0.1,
     reverse: bool = False,
@@ -73,8 +72,8 @@ def skewed_kl(
     mixed with a little of what is compared, so the value is never above -T² log α and the gradient
     stays small where plain KL's explodes: far from the teacher, early in training.
 
-    Shapes: student and teacher [N, C] logits. Returns [N], in nats times T², finite whatever
-    either side excludes (logit -inf).
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
+    nats times T², finite whatever either side excludes (logit -inf).
 
     Papers: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML
     2024, α = 0.1 and T = 1; DistiLLM-2, ICML 2025. The official forward value leaves out the
@@ -90,16 +89,14 @@ def skewed_kl(
     >>> skewed_kl(student, teacher), skewed_kl(student, teacher, reverse=True)
     (tensor([1.1823]), tensor([1.1994]))
     """
-    check_logits(student, teacher)
     check_share("skew", skew)
-    check_positive("temperature", temperature)
-    log_q, log_p = log_probabilities(student, teacher, temperature)
+    log_q, log_p = log_probabilities(*comparable(student, teacher, temperature), temperature)
     pair = (log_q, log_p) if reverse else (log_p, log_q)
     return skewed_divergence(*pair, skew) * temperature**2
 
 
 def jensen_shannon(
-    student: Tensor, teacher: Tensor, *, beta: Share = 0.5, temperature: Positive = 1.0
+    student: Tensor, teacher: Tensor | TopK, *, beta: Share = 0.5, temperature: Positive = 1.0
 ) -> Tensor:
     """Jensen-Shannon divergence (JSD), generalised: T² (β KL(p ‖ m) + (1 - β) KL(q ‖ m)).
 
@@ -107,8 +104,9 @@ def jensen_shannon(
     like the forward KL (spread over the teacher's modes), a large one like the reverse (settle on
     some).
 
-    Shapes: student and teacher [N, C] logits. Returns [N], in nats times T², at most the entropy of
-    (β, 1 - β) times T² (log 2 for β = 0.5), whatever either side excludes (logit -inf).
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
+    nats times T², at most the entropy of (β, 1 - β) times T² (log 2 for β = 0.5), whatever either
+    side excludes (logit -inf).
 
     Paper: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), ICLR 2024; β = 0.5.
     TRL has T = 0.9 and no T²: weight_ours = weight_theirs / T². At β = 0 and 1 the divergence
@@ -122,10 +120,8 @@ def jensen_shannon(
     >>> jensen_shannon(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 3.0, 1.0]]))
     tensor([0.3532])
     """
-    check_logits(student, teacher)
     check_share("beta", beta)
-    check_positive("temperature", temperature)
-    log_q, log_p = log_probabilities(student, teacher, temperature)
+    log_q, log_p = log_probabilities(*comparable(student, teacher, temperature), temperature)
     log_q, log_p = floored(log_q), floored(log_p)
     # With u = log(β p / (1 - β) q), -log(β p / m) = softplus(-u) and -log((1 - β) q / m) =
     # softplus(u) = u + softplus(-u).
@@ -137,15 +133,16 @@ def jensen_shannon(
     return (bound - spent) * temperature**2
 
 
-def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+def total_variation(student: Tensor, teacher: Tensor | TopK) -> Tensor:
     """Total variation distance (TVD): ½ Σ_c |p_c - q_c|.
 
     p = softmax(teacher) and q = softmax(student): the largest difference in probability that the
     two can have about any set of classes. Its gradient is bounded and ignores how wrong a
     probability is, so rare classes and noise in the teacher's tail count little.
 
-    Shapes: student and teacher [N, C] logits. Returns [N], in [0, 1], whatever either side excludes
-    (logit -inf). At equality it has a kink; the gradient there is zero.
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
+    [0, 1], whatever either side excludes (logit -inf). At equality it has a kink; the gradient
+    there is zero.
 
     Paper: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL
     2023; the value is that of DistiLLM's code. No temperature: divide the logits, should one be
@@ -158,14 +155,14 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     >>> total_variation(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 3.0, 1.0]]))
     tensor([0.7538])
     """
-    check_logits(student, teacher)
-    q, p = F.softmax(wide(student), dim=-1), F.softmax(wide(teacher.detach()), dim=-1)
+    said, told = comparable(student, teacher)
+    q, p = F.softmax(wide(said), dim=-1), F.softmax(wide(told.detach()), dim=-1)
     return (q - p).abs().sum(-1) / 2
 
 
 def alpha_beta_divergence(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     alpha: NotNegative = 0.2,
     beta: NotNegative = 0.7,
@@ -177,11 +174,12 @@ def alpha_beta_divergence(
     T) and q = softmax(student / T); where α or β is 0, its limit. A larger α looks more at what the
     teacher expects, a larger β more at what the student does.
 
-    Shapes: student and teacher [N, C] logits. Returns [N], times T². With α and β above 0 it is
-    finite whatever either side excludes (logit -inf); with β = 0 the student, with α = 0 the
-    teacher, must not exclude what the other expects, or the row is +inf (for α = 0 and for
-    α = β = 0 with no gradient). Negative powers are refused: they are infinite on confident
-    answers. The sum is of differences, so values below about 1e-6 / (αβ) are rounding in float32.
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N],
+    times T². With α and β above 0 it is finite whatever either side excludes (logit -inf); with β =
+    0 the student, with α = 0 the teacher, must not exclude what the other expects, or the row is
+    +inf (for α = 0 and for α = β = 0 with no gradient). Negative powers are refused: they are
+    infinite on confident answers. The sum is of differences, so values below about 1e-6 / (αβ) are
+    rounding in float32.
 
     Paper: Wang et al., "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge
     Distillation via α-β-Divergence", ICML 2025: 0.2 and 0.7 on language models with T = 1, 0.8 and
@@ -196,11 +194,9 @@ def alpha_beta_divergence(
     >>> alpha_beta_divergence(student, teacher)
     tensor([1.8737])
     """
-    check_logits(student, teacher)
     check_not_negative("alpha", alpha)
     check_not_negative("beta", beta)
-    check_positive("temperature", temperature)
-    log_q, log_p = log_probabilities(student, teacher, temperature)
+    log_q, log_p = log_probabilities(*comparable(student, teacher, temperature), temperature)
     return _alpha_beta(log_q, log_p, alpha, beta) * temperature**2
 
 

@@ -257,6 +257,31 @@ def partial_mse(student: Tensor, teacher: Tensor, *, margin: NotNegative = 0.8) 
     return mean_square(student - torch.where(counts, target, own))
 
 
+def active_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of active neurons (BYOT, its features): mean of (s - t)² where s > 0 or t > 0.
+
+    Where both are off, whatever their values, nothing is asked.
+
+    Shapes: student and teacher [N, ...] of equal shape, before the activation. Returns [N], in
+    squared units, the mean over all values, those that are off on both sides among them.
+
+    Paper: Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural
+    Networks via Self Distillation", ICCV 2019: each exit's features and the last exit's, which is
+    the term's teacher as `self:`. The official code sums over the batch as well: weight_ours =
+    weight_theirs · (values of the batch); theirs is 1e-6.
+
+    Neighbours: after a ReLU it is `mse`; `partial_mse` asks a neuron of the student that is on
+    alone to be off, not to have the teacher's value.
+
+    >>> import torch
+    >>> active_mse(torch.tensor([[2.0, -1.0, -1.0]]), torch.tensor([[1.0, -3.0, 2.0]]))
+    tensor([3.3333])
+    """
+    student, teacher = _values(student, teacher)
+    on = (student.detach() > 0) | (teacher > 0)
+    return mean_square((student - teacher) * on)
+
+
 def _values(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     check_same_shape(student, teacher)
     if student.ndim < 2 or 0 in student.shape[1:]:

@@ -26,6 +26,7 @@ from attar.losses._softmax import (
     tempered,
     weighed,
 )
+from attar.losses.sparse import TopK, comparable
 from attar.losses.types import Fraction, Positive, Share
 
 # The constant of the official implementation; the published numbers were made with it.
@@ -150,16 +151,18 @@ def _softened_label(log_q: Tensor, column: Tensor, correct: float, temperature: 
     return told.scatter(-1, column, right - total)
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: Positive = 4.0) -> Tensor:
+def kl_divergence(
+    student: Tensor, teacher: Tensor | TopK, *, temperature: Positive = 4.0
+) -> Tensor:
     """Knowledge distillation (KD), the soft targets of Hinton: T² Σ_c p_c (log p_c - log q_c).
 
     p = softmax(teacher / T) and q = softmax(student / T). The factor T² keeps the size of the
     gradient, T (q - p), so that a weight means the same at every temperature.
 
-    Shapes: student and teacher [N, C] logits. Returns [N], in nats times T²; zero where the two
-    distributions are equal, +inf where the student excludes (logit -inf) what the teacher expects.
-    A class that the teacher excludes contributes nothing, whatever the student says of it, -inf
-    included.
+    Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
+    nats times T²; zero where the two distributions are equal, +inf where the student excludes
+    (logit -inf) what the teacher expects. A class that the teacher excludes contributes nothing,
+    whatever the student says of it, -inf included.
 
     Paper: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015. Usual
     weights: T = 4, 0.9 with 0.1 of cross-entropy (mdistiller, RepDistiller); the same here.
@@ -175,9 +178,8 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: Positive = 4
     >>> kl_divergence(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]))
     tensor([1.3196])
     """
-    check_logits(student, teacher)
-    check_positive("temperature", temperature)
-    return divergence(*log_probabilities(student, teacher, temperature), temperature**2)
+    pair = comparable(student, teacher, temperature)
+    return divergence(*log_probabilities(*pair, temperature), temperature**2)
 
 
 def transformed_teacher_kl(

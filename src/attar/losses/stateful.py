@@ -14,12 +14,13 @@ from attar.losses._maps import (
     check_maps,
     check_same_examples,
     flat_pair,
+    map_pair,
     mean_square,
     resized_pair,
     unit,
 )
-from attar.losses._rows import check_positive, check_share
-from attar.losses.types import Positive, Share
+from attar.losses._rows import check_logits, check_positive, check_same_shape, check_share
+from attar.losses.types import Fraction, Positive, Share
 
 # The smallest variance, and the variance at the start, of the official implementation.
 VARIANCE_EPS = 1e-5
@@ -175,6 +176,81 @@ class MaskedGenerative(nn.Module):
         return mean_square(self.generate(maps * kept) - teacher.detach().to(weight.dtype))
 
 
+def global_context(student: Tensor, teacher: Tensor) -> nn.Module:
+    """Global distillation of features (FGD, its global part): mean of (s + g(s) - t - h(t))².
+
+    g and h are trained context blocks, one a side: a position's weight is a softmax over positions
+    of a 1 x 1 convolution, the weighted mean of the values goes through linear, layer norm, ReLU
+    and linear, and what comes out is added to each position. The last linear starts at zero, so
+    the loss starts as `mse`. Both are dropped after training.
+
+    Shapes: built from one example of each signal, of equal shape: maps [N, C, H, W] or tokens
+    [N, L, D]. The module takes (student, teacher) like these. Returns [N], in squared units. Once
+    trained it is not zero at equality, as each side has a block of its own.
+
+    Paper: Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, for each
+    level of the pyramid; a block is that of Cao et al., "GCNet", 2019. The official code sums over
+    the values: weight_ours = weight_theirs · (values an example); theirs is 5e-6. There a student
+    of other channels has one trained 1 x 1 convolution for both parts; here each of the two terms
+    has its `projector`.
+
+    Neighbours: `focal_features` is the other part, which needs the positions of the objects; this
+    one does without them.
+
+    >>> import torch
+    >>> make = global_context(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+    >>> make(torch.zeros(3, 4, 2, 2), 2 * torch.ones(3, 4, 2, 2)).detach()
+    tensor([4., 4., 4.])
+    """
+    maps, _ = _same_maps(student, teacher)
+    return GlobalContext(maps.shape[1]).to(device=student.device, dtype=_width(student))
+
+
+def _same_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [N, C, P], of equal C and P; the teacher detached."""
+    check_maps(student, teacher)
+    check_same_shape(student, teacher)
+    return map_pair(student, teacher)
+
+
+class GlobalContext(nn.Module):
+    """The module of `global_context`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.student, self.teacher = ContextBlock(channels), ContextBlock(channels)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss [N] of signals like those it was built from."""
+        weight = self.student.look.weight
+        mine, theirs = (side.to(weight.dtype) for side in _same_maps(student, teacher))
+        _check_channels("global_context", weight[0], theirs)
+        added = self.student(mine) - self.teacher(theirs)
+        return mean_square(mine - theirs + added)
+
+
+class ContextBlock(nn.Module):
+    """What is added to each position of maps [N, C, P], as [N, C, 1]: zero at the start."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # No bias: it would be the same at every position, and a softmax does not see it.
+        self.look = nn.Conv1d(channels, 1, 1, bias=False)
+        inner = max(1, channels // 2)
+        last = nn.Linear(inner, channels)
+        self.transform = nn.Sequential(
+            nn.Linear(channels, inner), nn.LayerNorm(inner), nn.ReLU(), last
+        )
+        nn.init.kaiming_normal_(self.look.weight)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The transformed mean over positions, weighted by attention."""
+        where = self.look(maps).softmax(2)
+        return self.transform((maps * where).sum(2)).unsqueeze(2)
+
+
 def memory_contrast(
     student: Tensor,
     teacher: Tensor,
@@ -320,3 +396,83 @@ class MemoryContrast(nn.Module):
         others = F.softplus(log_p[..., 1:] - floor).sum(-1)
         constant = self.negatives * (floor - math.log(noise))
         return (own + others + constant).sum(0)
+
+
+def curriculum_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    lowest: Positive = 1.0,
+    highest: Positive = 21.0,
+    warmup: Fraction = 0.04,
+) -> nn.Module:
+    """Curriculum temperature (CTKD): T² KL(p ‖ q), with a T that is trained against the student.
+
+    p = softmax(teacher / T), q = softmax(student / T) and T = lowest + (highest - lowest)
+    sigmoid(θ). θ is one trained number that starts at 1, and its gradient is turned round: while
+    the student makes the loss smaller, θ makes it larger, by a share of (1 - cos(π min(1,
+    progress / `warmup`))) / 2, so that the task begins easy. T² is differentiated as well.
+
+    Shapes: built from one example of each signal, [N, C] logits. The module takes (student,
+    teacher, progress) and returns [N], in nats times T². Excluded classes (-inf) as in
+    `kl_divergence`. Its `temperature` is the present one, 15.6 at the start.
+
+    Paper: Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, of which this
+    is the global form: T from 1 to 21, θ in the optimizer of the student, a warm-up of 10 epochs of
+    240; weight 0.9 with 0.1 of cross-entropy. The official sign of the gradient lies in a factor
+    that goes from 0 to -1.
+
+    Neighbours: `kl_divergence` has one temperature, and a schedule of it needs no training:
+    `temperature` as a function of progress.
+
+    >>> import torch
+    >>> make = curriculum_kl(torch.zeros(1, 3), torch.zeros(1, 3))
+    >>> make(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]), 0.5).detach()
+    tensor([1.3324])
+    """
+    check_logits(student, teacher)
+    check_positive("lowest", lowest)
+    if not lowest < highest < math.inf:
+        raise ValueError(f"highest must be a number above lowest, {lowest}, got {highest}.")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must lie in [0, 1), got {warmup}.")
+    module = CurriculumKL(lowest, highest, warmup)
+    return module.to(device=student.device, dtype=_width(student))
+
+
+class CurriculumKL(nn.Module):
+    """The module of `curriculum_kl`."""
+
+    def __init__(self, lowest: float, highest: float, warmup: float) -> None:
+        super().__init__()
+        self.lowest, self.highest, self.warmup = lowest, highest, warmup
+        self.theta = nn.Parameter(torch.ones(()))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature now, a number; its gradient is not turned round."""
+        return self._temperature(self.theta)
+
+    def _temperature(self, theta: Tensor) -> Tensor:
+        return self.lowest + (self.highest - self.lowest) * theta.sigmoid()
+
+    def forward(self, student: Tensor, teacher: Tensor, progress: float) -> Tensor:
+        """The loss [N] at this share of the training."""
+        check_logits(student, teacher)
+        share = min(1.0, progress / self.warmup) if self.warmup else 1.0
+        strength = (1 - math.cos(math.pi * share)) / 2
+        held = self.theta.detach()
+        temperature = self._temperature(held - strength * (self.theta - held))
+        dtype = self.theta.dtype
+        log_q, log_p = (
+            F.log_softmax(_softened(side.to(dtype), temperature), dim=-1)
+            for side in (student, teacher.detach())
+        )
+        p = log_p.exp()  # with its gradient, which `divergence` holds back: p moves with T
+        return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(1) * temperature.square()
+
+
+def _softened(logits: Tensor, temperature: Tensor) -> Tensor:
+    # Through -inf / T the gradient of T would be NaN.
+    gone = logits == -math.inf
+    return (logits.masked_fill(gone, 0.0) / temperature).masked_fill(gone, -math.inf)
