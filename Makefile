@@ -18,8 +18,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-deep: $(VENV)/.dev
+test-deep: $(VENV)/.dev .venv-tensorflow/.done
 	OMP_NUM_THREADS=1 ATTAR_DEEP=1 $(BIN)/python -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 .venv-tensorflow/bin/python -m pytest tests/teachers/test_tensorflow.py
+	OMP_NUM_THREADS=1 KERAS_BACKEND=torch .venv-tensorflow/bin/python -m pytest tests/test_examples.py -k keras
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks examples docs/make_losses.py
@@ -39,12 +41,13 @@ bench: .venv-bench/.done
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/loop.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/features.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/taps.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/cache.py --check
 
 conformance: .venv-conformance/.done
 	OMP_NUM_THREADS=1 .venv-conformance/bin/python benchmarks/conformance.py --check
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-conformance site build dist src/*.egg-info
+	rm -rf $(VENV) .venv-bench .venv-conformance .venv-tensorflow site build dist src/*.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -67,7 +70,8 @@ $(VENV)/.dev: $(VENV)/.core
 	.venv-bench/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
 	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
 	.venv-bench/bin/python -m pip install --quiet $(CONSTRAINTS) --requirement requirements/bench.txt --editable .
-	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 mlxtend==0.25.0
+	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 mlxtend==0.25.0 \
+	    mosaicml-streaming==0.13.0
 	touch $@
 
 # Nothing here may bring torchvision, torchaudio or another build of torch.
@@ -79,4 +83,11 @@ $(VENV)/.dev: $(VENV)/.core
 	    --requirement requirements/conformance.txt --editable .
 	.venv-conformance/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 keras==3.15.1 \
 	    trl==1.16.0 torchtune==0.6.1 nvidia-modelopt==0.47.0
+	touch $@
+
+.venv-tensorflow/.done: requirements/tensorflow.txt pyproject.toml
+	$(PYTHON) -m venv .venv-tensorflow
+	.venv-tensorflow/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
+	    .venv-tensorflow/bin/python -m pip install "torch==$(TORCH)"
+	.venv-tensorflow/bin/python -m pip install --quiet --requirement requirements/tensorflow.txt --editable .
 	touch $@

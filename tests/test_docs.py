@@ -115,7 +115,19 @@ def test_every_recipe_that_the_readme_checks_passes(
 
 @pytest.mark.parametrize(
     "name",
-    ["run", "check", "distill", "evaluate", "list", "report", "demo", "export", "import", "track"],
+    [
+        "run",
+        "check",
+        "distill",
+        "evaluate",
+        "list",
+        "report",
+        "demo",
+        "export",
+        "import",
+        "track",
+        "cache",
+    ],
 )
 def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called([name, "--help"]) == 0

@@ -41,9 +41,13 @@ QUICK: dict[str, list[str]] = {
 }
 PLUGINS = {"own_model.yaml": ["own_model.py"]}
 SCRIPTS: dict[str, dict[str, Any]] = {
+    "forest_teacher.py": {"epochs": 1, "seeds": 1},
+    "keras_teacher.py": {"epochs": 1},
     "transfer.py": {"epochs": 2},
     "unlabelled.py": {"epochs": 1},
 }
+
+NEEDS = {"keras_teacher.py": ["keras"]}
 
 
 def _bands(generator: np.random.Generator, label: int, side: int, channels: int) -> np.ndarray:
@@ -113,6 +117,8 @@ def test_a_recipe_comes_to_its_verdict(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_comes_to_its_end(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
     assert spec is not None
     assert spec.loader is not None

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 # The door: each name and the room it stands in, opened when it is first asked for.
 _ROOMS = {
+    "Cached": "teachers",
     "EMA": "teachers",
     "Ensemble": "teachers",
     "Group": "models",
@@ -25,6 +26,7 @@ _ROOMS = {
     "Tap": "signals",
     "Teacher": "teachers",
     "Term": "training",
+    "cache": "teachers",
     "check": "recipes",
     "compare": "evaluation",
     "distill": "training",

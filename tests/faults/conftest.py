@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 
 CALLS = [
     "mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir",
-    "scandir", "stat", "lstat", "readv",
+    "scandir", "stat", "lstat", "readv", "pwrite", "ftruncate", "pread",
 ]  # fmt: skip
+READS = ("close", "scandir", "stat", "lstat", "readv", "pread")
 KILL = "kill"
 
 
@@ -40,9 +42,11 @@ class Disk:
         self.stuck = False
         self.only = ""
         self.hit = False
+        self._turn = threading.RLock()  # a thread closes what has the number another one opens
         self._paths: dict[int, str] = {}
         self._unsynced_files: set[int] = set()
-        self._unsynced_names: list[tuple[str, str, str]] = []
+        self._unsynced_ranges: dict[int, list[tuple[int, int]]] = {}
+        self._unsynced_names: list[tuple[str, str, str, bytes | None]] = []
 
     def arm(self, at: int, fault: int | str, *, stuck: bool = False, only: str = "") -> None:
         """Fail at call number *at* of those whose path holds *only*."""
@@ -55,19 +59,19 @@ class Disk:
 
     def _wrapped(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **more: Any) -> Any:
-            path = self._paths.get(args[0], "") if isinstance(args[0], int) else str(args[0])
-            if not path.startswith(self.root):
-                return self.real[name](*args, **more)
-            if self._fails(name, path):
-                self._fail(name, path, args)
-            return self._done(name, path, args, more)
+            with self._turn:
+                path = self._paths.get(args[0], "") if isinstance(args[0], int) else str(args[0])
+                if not path.startswith(self.root):
+                    return self.real[name](*args, **more)
+                if self._fails(name, path):
+                    self._fail(name, path, args)
+                return self._done(name, path, args, more)
 
         return call
 
     def _fails(self, name: str, path: str) -> bool:
         if self.hit:
-            reads = name in ("close", "scandir", "stat", "lstat", "readv")
-            return self.fault == KILL or (self.stuck and not reads)
+            return self.fault == KILL or (self.stuck and name not in READS)
         if self.only in path:
             self.calls.append(name)
             self.hit = len(self.calls) == self.at
@@ -78,19 +82,24 @@ class Disk:
         if name == "write" and not dead:  # half of it arrives
             self.real["write"](args[0], args[1][: len(args[1]) // 2])
             self._unsynced_files.add(os.fstat(args[0]).st_ino)
+        if name == "pwrite" and not dead:
+            self.real["pwrite"](args[0], args[1][: len(args[1]) // 2], args[2])
+            self._note_range(args)
         if name == "close":  # Linux gives the descriptor back even when close fails
             self._paths.pop(args[0], None)
             self.real["close"](args[0])
         if self.fault == KILL:
             raise Killed
         assert isinstance(self.fault, int)
-        raise OSError(self.fault, os.strerror(self.fault))
+        named = (path,) if name in ("mkdir", "stat") else ()  # pathlib calls them on its own
+        raise OSError(self.fault, os.strerror(self.fault), *named)
 
     def _done(self, name: str, path: str, args: tuple[Any, ...], more: dict[str, Any]) -> Any:
         if name == "fsync":
             self._synced(args[0], path)
             return None
         new = name == "open" and args[1] & os.O_CREAT
+        hidden = _content(str(args[1])) if name in ("rename", "replace") else None
         result = self.real[name](*args, **more)
         if name == "open":
             self._paths[result] = path
@@ -98,20 +107,27 @@ class Disk:
             self._paths.pop(args[0], None)
         if name == "write":
             self._unsynced_files.add(os.fstat(args[0]).st_ino)
+        if name == "pwrite":
+            self._note_range(args)
         if name == "mkdir" or new:
-            self._unsynced_names.append(("made", path, ""))
+            self._unsynced_names.append(("made", path, "", None))
         if name in ("rename", "replace"):
-            self._unsynced_names.append(("renamed", path, str(args[1])))
+            self._unsynced_names.append(("renamed", path, str(args[1]), hidden))
         return result
+
+    def _note_range(self, args: tuple[Any, ...]) -> None:
+        ranges = self._unsynced_ranges.setdefault(os.fstat(args[0]).st_ino, [])
+        ranges.append((args[2], len(args[1])))
 
     def _synced(self, descriptor: int, path: str) -> None:
         self._unsynced_files.discard(os.fstat(descriptor).st_ino)
-        kept: list[tuple[str, str, str]] = []
-        for kind, old, new in self._unsynced_names:
+        self._unsynced_ranges.pop(os.fstat(descriptor).st_ino, None)
+        kept: list[tuple[str, str, str, bytes | None]] = []
+        for kind, old, new, hidden in self._unsynced_names:
             if os.path.dirname(new or old) != path:
-                kept.append((kind, old, new))
+                kept.append((kind, old, new, hidden))
             elif kind == "renamed":  # it lasts: what happened inside is now below the new name
-                kept = [(k, _moved(a, old, new), _moved(b, old, new)) for k, a, b in kept]
+                kept = [(k, _moved(a, old, new), _moved(b, old, new), h) for k, a, b, h in kept]
         self._unsynced_names = kept
 
     def close_all(self) -> None:
@@ -120,15 +136,28 @@ class Disk:
             self.real["close"](descriptor)
         self._paths.clear()
 
-    def lose_power(self, last: int) -> None:
-        """Empty every file that was not synced and undo the *last* newest unsynced names."""
+    def lose_power(self, last: int, chance: random.Random | None = None) -> None:
+        """Empty every file that was not synced and undo the *last* newest unsynced names.
+
+        What ``pwrite`` wrote becomes zeros: all of it, or by *chance* half of the writes.
+        """
         for folder, _, names in os.walk(self.root):
             for name in names:
-                if os.lstat(os.path.join(folder, name)).st_ino in self._unsynced_files:
-                    os.truncate(os.path.join(folder, name), 0)
-        for kind, old, new in self._unsynced_names[::-1][:last]:
+                path = os.path.join(folder, name)
+                number = os.lstat(path).st_ino
+                if number in self._unsynced_files:
+                    os.truncate(path, 0)
+                for start, length in self._unsynced_ranges.get(number, []):
+                    if chance is None or chance.random() < 0.5:
+                        with open(path, "r+b") as file:
+                            file.seek(start)
+                            file.write(bytes(length))
+        for kind, old, new, hidden in self._unsynced_names[::-1][:last]:
             if kind == "renamed" and os.path.lexists(new):
                 self.real["rename"](new, old)
+                if hidden is not None:
+                    with open(new, "wb") as file:
+                        file.write(hidden)
             elif kind == "made" and os.path.isdir(old):
                 shutil.rmtree(old)
             elif kind == "made" and os.path.lexists(old):
@@ -137,6 +166,15 @@ class Disk:
     @property
     def unsynced(self) -> int:
         return len(self._unsynced_names)
+
+
+def _content(path: str) -> bytes | None:
+    """What a file of this name holds, that a rename is about to hide."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def _moved(path: str, old: str, new: str) -> str:

@@ -337,6 +337,55 @@ def door(ranks: Ranks) -> None:
             assert not run.silent
 
 
+def cache(ranks: Ranks) -> None:
+    """Each rank asks about its share; together they have each row once, and a stage learns of it.
+
+    Then a stage fills one itself, each rank with what it meets.
+    """
+    train, _ = data()
+    train = attar.data.TensorSource(
+        train.rows(torch.arange(ROWS))["inputs"], train.labels, classes=3
+    )
+    teacher = attar.Teacher(net(7, 12), TASK.fitted(train))
+    options: dict[str, Any] = {"epochs": 2, "batch_size": BATCH}
+    with shared_folder(ranks) as folder:
+        made = attar.cache(
+            teacher, train, TASK, into=folder / "c", views=2, augment=[attar.data.mixup]
+        )
+        with made.store as store:
+            assert store.filled == 2 * ROWS
+            assert sum(shard["rows"] for shard in store.shards()) == 2 * ROWS
+            assert len({shard["file"] for shard in store.shards()}) == ranks.world
+        found = {}
+        for name, told in {
+            "live": teacher,
+            "filling": attar.teachers.Filling(
+                teacher,
+                train,
+                root=folder,
+                views=2,
+                augment=[attar.data.mixup],
+                writer=f"rank{ranks.rank}",
+            ),
+            "cached": attar.Cached(folder / "c"),
+        }.items():
+            student = net(3, 8)
+            attar.distill(
+                student,
+                told,
+                train,
+                TASK,
+                TERMS[:1],
+                views=2,
+                augment=[attar.data.mixup],
+                **options,
+            )
+            found[name] = torch.cat([p.detach().flatten() for p in student.parameters()])
+            ranks.barrier()
+        for name in ("filling", "cached"):
+            torch.testing.assert_close(found[name], found["live"], rtol=1e-4, atol=1e-5)
+
+
 def make() -> dict[str, Callable[[Ranks], None]]:
     both = {
         "training": training,
@@ -347,4 +396,10 @@ def make() -> dict[str, Callable[[Ranks], None]]:
         "divergence": divergence,
     }
     cases = {f"{n}-{k}": partial(case, k) for n, case in both.items() for k in ("ddp", "fsdp")}
-    return {**cases, "once": every_example_once, "one-writer": one_writer, "door": door}
+    return {
+        **cases,
+        "once": every_example_once,
+        "one-writer": one_writer,
+        "door": door,
+        "cache": cache,
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import attar
@@ -156,6 +157,57 @@ def test_a_member_may_be_loaded_of_other_inputs_and_of_some_classes(
     assert isinstance(known, torch.Tensor)
     assert known.nonzero().flatten().tolist() == [4, 9]
     assert job.members[1].model(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_a_teacher_is_built_and_then_filled_from_a_file(
+    write: Callable[..., Path], tmp_path: Path, digits: attar.data.Splits
+) -> None:
+    made = attar.models.build("mlp", data=digits.train, outputs=10, widths=[12])
+    safetensors.torch.save_file(made.state_dict(), tmp_path / "made.safetensors")
+    text = (
+        f"teacher: {{model: {{name: mlp, widths: [12]}}, load: {tmp_path / 'made.safetensors'}}}\n"
+    )
+    job = prepare(load_recipe(write(TEACHER, text)).recipe)
+    assert same(list(job.members[0].model.parameters()), list(made.parameters()))
+
+
+def test_a_loaded_teacher_reads_images_of_the_size_that_is_said(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = attar.models.build("resnet", shape=(1, 8, 8), outputs=10, width=4)
+    attar.models.save(made, tmp_path / "small")
+    path = write(TEACHER, f"teacher: {{load: {tmp_path / 'small'}, size: 16}}\n")
+    teacher = prepare(load_recipe(path).recipe).members[0].model
+    with attar.Tap(teacher, ["input:model.stem"]) as tap:
+        seen = tap(teacher, torch.rand(2, 1, 8, 8))[1]["input:model.stem"]
+    assert seen.shape == (2, 1, 16, 16)
+
+
+def test_to_build_the_teachers_leaves_torchs_random_numbers_as_they_are(
+    write: Callable[..., Path],
+) -> None:
+    recipe = load_recipe(write(TEACHER, TWO)).recipe
+    before = torch.get_rng_state()
+    prepare(recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_teachers_training_says_itself_goes_before_what_holds_for_all(
+    clouds: attar.data.Splits,
+) -> None:
+    own = partial(attar.train, precision="bf16", seed=7)
+    recipe = attar.recipes.Recipe(
+        task=attar.tasks.Regression,
+        data=clouds,
+        teacher=attar.recipes.TeacherPlan(model=attar.models.mlp, train=own),
+        student=attar.models.mlp,
+        stages=[attar.train],
+        precision="fp32",
+    )
+    job = prepare(recipe)
+    training = job.members[0].training
+    assert training is not None
+    assert (job.common["precision"], training["precision"], training["seed"]) == ("fp32", "bf16", 7)
 
 
 def test_numbers_in_other_units_are_not_averaged(clouds: attar.data.Splits, tmp_path: Path) -> None:
@@ -372,6 +424,10 @@ DISORDER = [
     (STAGE + "    teacher: previous\n", "stage 0 has teacher: previous, and no stage is before"),
     (STAGE + "    student: mlp\n" + STAGE, "learn from it; add it to stage 1"),
     (STAGE + "    student: mlp\n", "learn from it; add such a stage"),
+    (
+        STAGE + "    student: mlp\n" + STAGE + STAGE + "    teacher: previous\n",
+        "stage 0 trains another student, and no stage with teacher: previous comes next",
+    ),
     (STAGE + STAGE + "    teacher: before\n", "teacher is 'before': it must be 'previous'"),
     (STAGE + "    student: mpl\n", "did you mean 'mlp'?"),
     ("  - {do: train, student: mlp}\n" + STAGE, "'student' is supplied and cannot be written"),
@@ -446,7 +502,7 @@ def test_a_killed_run_with_a_teacher_that_follows_is_the_run_that_was_not(
     [
         ("teacher: {ema: 1.0}\n", "ema is 1.0: it must be less than 1"),
         ("teacher: {ema: 0.9, load: x}\n", "beside ema stands nothing"),
-        (FOLLOWS + "goal: {retain: 0.9}\n", "follows the student has none of its own"),
+        (FOLLOWS + "goal: {retain: 0.9}\n", "moves with the student has none of its own"),
         (FOLLOWS + "labels: 300\n", "begin with a stage do: train"),
     ],
 )

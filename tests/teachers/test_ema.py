@@ -132,6 +132,8 @@ def test_the_state_of_another_model_is_refused() -> None:
     ):
         with pytest.raises(DataError, match=r"differs in '(0\.bias|more)'"):
             teacher.load_state_dict(wrong)
+    with pytest.raises(DataError, match="of another model"):
+        attar.Ensemble([student(), teacher], TASK).load_state_dict({})
     with pytest.raises(DataError, match="differs in 'steps'"):
         teacher.load_state_dict({n: t for n, t in state.items() if n != "steps"})
 
@@ -207,6 +209,25 @@ def test_another_momentum_is_another_run(blobs: Any, tmp_path: Path) -> None:
         go(ema, blobs, tmp_path / "run", 7)
     with pytest.raises(PreflightError, match="teacher was EMA of the student, momentum"):
         go(partial(attar.EMA, task=TASK, momentum=0.8), blobs, tmp_path / "run")
+
+
+def test_of_many_members_each_gets_its_own_state_back() -> None:
+    """Also where the number of one begins with the number of another."""
+    made = [attar.EMA(student(seed), TASK) for seed in range(11)]
+    kept = copy.deepcopy(attar.Ensemble(made, TASK).state_dict())
+    for member in made:
+        member.begin(student(99))
+    attar.Ensemble(made, TASK).load_state_dict(kept)
+    for seed, member in enumerate(made):
+        assert torch.equal(member.model[0].weight, student(seed)[0].weight)
+
+
+def test_a_student_of_buffers_alone_is_followed() -> None:
+    live = nn.BatchNorm1d(3, affine=False)
+    teacher = attar.EMA(live, TASK)
+    live(torch.randn(5, 3))
+    teacher.follow(live)
+    assert torch.equal(teacher.model.running_mean, live.running_mean)
 
 
 def test_a_member_that_moves_moves_with_the_student(blobs: Any) -> None:

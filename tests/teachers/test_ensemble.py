@@ -85,6 +85,24 @@ def test_entropy_weights_are_the_papers(logits: Tensor) -> None:
     torch.testing.assert_close(answer(logits, None, weighting="entropy").exp(), expected)
 
 
+@pytest.mark.parametrize("weighting", ["entropy", "confidence"])
+def test_weights_are_found_at_temperature_one_whatever_the_means(
+    logits: Tensor, weighting: str
+) -> None:
+    logs = logits.log_softmax(-1)
+    weights = entropy_weights(logs) if weighting == "entropy" else confidence_weights(logs, LABELS)
+    expected = (weights[..., None] * (logits / 4).softmax(-1)).sum(0)
+    said = answer(logits, weighting=weighting, temperature=4.0)
+    torch.testing.assert_close((said / 4).exp(), expected)
+
+
+def test_answers_of_narrow_teachers_are_joined_in_float32(logits: Tensor) -> None:
+    narrow = logits.bfloat16()
+    said = answer(narrow)
+    assert said.dtype == torch.float32
+    torch.testing.assert_close(said, answer(narrow.float()))
+
+
 def test_members_that_are_certain_weigh_the_same() -> None:
     certain = torch.tensor([[[1e4, 0.0, 0.0, 0.0]], [[0.0, 1e4, 0.0, 0.0]]])
     assert torch.equal(entropy_weights(certain.log_softmax(-1)), torch.full((2, 1), 0.5))
@@ -160,6 +178,8 @@ def test_a_member_that_is_not_there_is_refused_and_none_is_left_open(net: Any) -
         ensemble.open(["output:2"])
     with pytest.raises(UsageError, match="has no module 'bodi'"):
         ensemble.open(["feature:0.body", "feature:1.bodi"])
+    with pytest.raises(UsageError, match="numbered 0 to 1"):
+        ensemble.open(["feature:0.body"]).open(["output:2"])
     assert all(part.training for member in members for part in member.modules())
     assert not any(part._forward_hooks for member in members for part in member.modules())
 
@@ -179,6 +199,24 @@ def test_members_are_left_as_they_were_also_those_that_are_not_asked() -> None:
     after = [tensor for m in members for tensor in m.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(part.training for m in members for part in m.modules())
+
+
+def test_a_member_that_is_not_asked_is_not_run(net: Any) -> None:
+    task = attar.tasks.TabularClassification(classes=3)
+    first, second = net(seed=1), net(seed=2)
+    runs: list[nn.Module] = []
+    for member in (first, second):
+        member.register_forward_hook(lambda module, *_: runs.append(module))
+    ensemble = attar.Ensemble([first, second], task).open(["output:1", "feature:1.body"])
+    ensemble({"inputs": torch.randn(4, 2)})
+    assert runs == [second]
+
+
+def test_answers_of_several_shapes_are_refused() -> None:
+    members = [Says(torch.zeros(N, width)) for width in (3, 4)]
+    ensemble = attar.Ensemble(members, attar.tasks.TabularClassification())
+    with pytest.raises(UsageError, match=r"members answer \[6, 3\] and \[6, 4\]; all must"):
+        ensemble({"inputs": torch.zeros(N, 1)})
 
 
 def test_a_member_that_changes_is_refused(net: Any) -> None:
@@ -288,6 +326,28 @@ def test_learned_weights_make_the_labels_most_likely() -> None:
     assert float(slope[3]) < 1
 
 
+def test_an_example_that_no_member_expected_says_nothing() -> None:
+    torch.manual_seed(0)
+    chances = torch.rand(50, 3, dtype=torch.float64)
+    some = torch.cat([chances, torch.zeros(5, 3, dtype=torch.float64)])
+    found, expected = most_likely_weights(some), most_likely_weights(chances)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_weights_are_learned_from_every_row_and_leave_the_members_as_they_were(net: Any) -> None:
+    task = attar.tasks.TabularClassification(classes=3)
+    members = [net(seed=1).train(), net(seed=2).train()]
+    source = attar.data.TensorSource(torch.randn(600, 2), torch.arange(600) // 200, classes=3)
+    found = learned_weights(members, source, task)
+    batch = source.rows(torch.arange(600))
+    with torch.no_grad():
+        chances = [m(batch["inputs"]).double().softmax(1) for m in members]
+    own = torch.stack([c[torch.arange(600), batch["labels"]] for c in chances], dim=1)
+    assert found == pytest.approx(most_likely_weights(own).tolist(), abs=1e-5)
+    assert all(part.training for member in members for part in member.modules())
+    assert not any(part._forward_hooks for member in members for part in member.modules())
+
+
 def test_a_better_teacher_learns_to_weigh_more(blobs: Any, net: Any) -> None:
     task = attar.tasks.TabularClassification().fitted(blobs.train)
     good, bad = net(seed=1), net(seed=2)
@@ -356,6 +416,7 @@ def test_numbers_have_no_entropy(options: Any, said: str) -> None:
         ({"weighting": (1.0,)}, "1 weights for 2 members"),
         ({"weighting": (0.0, 0.0)}, "not all 0"),
         ({"weighting": (-1.0, 2.0)}, "0 or more"),
+        ({"weighting": (math.inf, 1.0)}, "0 or more"),
         ({"temperature": 0.0}, "must be above 0"),
     ],
 )
@@ -382,6 +443,10 @@ def test_the_whole_is_judged_without_a_look_at_the_labels(blobs: Any, net: Any) 
         for w in ("mean", "confidence")
     ]
     assert torch.equal(judged[0]["logits"], judged[1]["logits"])
+    assert attar.Ensemble(members, task).model.training
+    for member in members:
+        member.eval()
+    assert not attar.Ensemble(members, task).model.training  # as the members are
     inputs = blobs.test.rows(torch.arange(80))["inputs"]
     expected = sum(member(inputs).softmax(1) for member in members) / 2
     torch.testing.assert_close(judged[0]["logits"].exp(), expected.detach())

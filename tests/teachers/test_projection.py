@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,41 @@ def test_it_is_the_empirical_predictor() -> None:
     expected = chances @ (joint / joint.sum(1, keepdim=True))
     said = found.eval()(logits.reshape(40, 1, 1, 3)).double().exp()
     torch.testing.assert_close(said, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_every_row_counts_also_where_there_are_many() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(700, 3), [int(index > 300) for index in range(700)]
+    found = project(Says(3), data(logits, labels), TASK)
+    joint = logits.softmax(1).T @ torch.nn.functional.one_hot(torch.tensor(labels)).float()
+    table = joint / joint.sum(1, keepdim=True)
+    torch.testing.assert_close(found.table, table, atol=1e-4, rtol=1e-3)
+
+
+def test_a_class_that_the_teacher_never_expects_says_nothing_of_ours() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1e4], [1.0, 0.0, -1e4]])
+    found = project(Says(3), data(logits, [0, 1]), TASK)
+    assert found.table is not None
+    torch.testing.assert_close(found.table[2], torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_may_be_narrow_and_give_its_logits_in_an_object(dtype: torch.dtype) -> None:
+    class Wrapped(Says):
+        def forward(self, images: Tensor) -> Any:
+            return SimpleNamespace(logits=super().forward(images).to(dtype))
+
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
+    plain, wrapped = (project(kind(3), data(logits, [0, 1]), TASK) for kind in (Says, Wrapped))
+    images = logits.reshape(2, 1, 1, 3)
+    said = wrapped.eval()(images)
+    assert said.dtype == torch.float32
+    torch.testing.assert_close(said, plain.eval()(images), rtol=0, atol=0.01)
+
+
+def test_what_gives_no_logits_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"gives a Tensor, and what is projected are logits"):
+        Projected(nn.Identity(), torch.eye(2))(torch.randn(3, 1, 2, 2))
 
 
 def test_answers_are_distributions_also_of_extreme_logits() -> None:
@@ -107,6 +143,15 @@ def test_images_are_fitted_to_what_the_model_was_built_for(channels: int) -> Non
     same = torch.rand(2, channels, 6, 6)
     table = Projected(model, torch.eye(4), shape=(channels, 6, 6))
     torch.testing.assert_close(table(same), model(same).log_softmax(1))
+    other = torch.rand(2, 4 - channels, 6, 6)
+    seen = other.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    torch.testing.assert_close(table(other), model(seen).log_softmax(1))
+
+
+def test_rows_that_teach_the_projection_are_fitted_to_the_model_too() -> None:
+    model = attar.models.build("mlp", shape=(1, 6, 6), outputs=4, widths=[3])
+    source = attar.data.TensorSource(torch.rand(8, 3, 9, 9), torch.arange(8) % 2, classes=2)
+    assert project(model, source, TASK)(torch.rand(2, 3, 9, 9)).shape == (2, 2)
 
 
 def test_a_student_learns_from_it(digits: attar.data.Splits) -> None:
@@ -144,7 +189,7 @@ def test_a_teacher_reads_images_of_its_own_size_and_then_its_own_transform() -> 
 def test_the_size_that_a_model_was_built_for_is_known() -> None:
     model = attar.models.build("mlp", shape=(1, 6, 6), outputs=2, widths=[3])
     assert adapted(model, TASK)(torch.rand(2, 3, 9, 9)).shape == (2, 2)
-    assert adapted(model, TASK, size=6)(torch.rand(2, 1, 9, 9)).shape == (2, 2)
+    assert adapted(model, TASK, size=6)(torch.rand(2, 3, 9, 9)).shape == (2, 2)
 
 
 def test_what_is_not_adapted_is_what_the_model_gives() -> None:
@@ -156,9 +201,10 @@ def test_a_teacher_of_some_classes_gives_the_others_next_to_nothing() -> None:
     task = attar.tasks.ImageClassification(classes=("a", "b", "c", "d"))
     found = adapted(Says(3).eval(), task, classes=("d", None, 0))
     logits = torch.tensor([[1.0, 9.0, 2.0]])
-    said = found(logits.reshape(1, 1, 1, 3)).exp()[0]
+    said = found(logits.reshape(1, 1, 1, 3))[0]
     share = torch.tensor([2.0, 1.0]).softmax(0)
-    torch.testing.assert_close(said, torch.tensor([share[0], 0.0, 0.0, share[1]]))
+    torch.testing.assert_close(said.exp(), torch.tensor([share[0], 0.0, 0.0, share[1]]))
+    assert bool(said.isfinite().all())
     assert found.known is not None
     assert found.known.tolist() == [True, False, False, True]
 

@@ -1,4 +1,4 @@
-"""`attar`: run, check, distill, evaluate, export, list, report, track, demo.
+"""`attar`: run, check, distill, cache, evaluate, export, list, report, track, demo.
 
 Rooms are imported inside the commands: `attar --help` must not wait for torch.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attar.cli.caching import app as caching
 from attar.cli.demo import app as demo
 from attar.cli.importing import import_
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(demo)
+app.add_typer(caching)
 app.command(name="import")(import_)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
@@ -270,7 +272,8 @@ def track(
 
 
 def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any) -> None:
-    from attar.cli.tables import print_exports, print_verdict
+    from attar.cli.tables import print_exports, print_verdict, print_verdicts
+    from attar.evaluation import Verdicts
     from attar.recipes import run as run_recipe
     from attar.runtime import EXIT_GOAL_MISSED, read_json
 
@@ -283,11 +286,19 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any)
     elif as_json:
         print((folder / "verdict.json").read_text(encoding="utf-8"), end="")
     else:
-        print_verdict(verdict, whole=not quiet)
+        if isinstance(verdict, Verdicts):
+            print_verdicts(verdict, whole=not quiet)
+        else:
+            print_verdict(verdict, whole=not quiet)
+            if not quiet:
+                print_exports(read_json(folder / "verdict.json")["exports"])
         if not quiet:
-            print_exports(read_json(folder / "verdict.json")["exports"])
             print(f"report     {folder / 'report.html'}")
-    if verdict.goal is not None and not verdict.goal.met:
+    if isinstance(verdict, Verdicts):
+        missed = verdict.met is False
+    else:
+        missed = verdict.goal is not None and not verdict.goal.met
+    if missed:
         raise typer.Exit(EXIT_GOAL_MISSED)
 
 

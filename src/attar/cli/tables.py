@@ -13,6 +13,7 @@ from rich.text import Text
 
 from attar.recipes import SUPPLIED, rooms
 from attar.recipes.resolve import shown, spelt
+from attar.recipes.rooms import SAID
 from attar.runtime import UsageError, suggest
 
 console = Console(highlight=False, soft_wrap=False)
@@ -21,12 +22,28 @@ console = Console(highlight=False, soft_wrap=False)
 def print_verdict(verdict: Any, *, whole: bool) -> None:
     """The table and the line a person came for."""
     from attar.evaluation import table
+    from attar.evaluation.wording import kind_of_student
 
     if whole:
         console.print(table(verdict))
     console.print(verdict.headline, style="bold", soft_wrap=True)
     if verdict.goal_line is not None:
         console.print(verdict.goal_line, soft_wrap=True)
+    for line in kind_of_student(verdict) if whole else ():
+        console.print(line, soft_wrap=True)
+
+
+def print_verdicts(verdicts: Any, *, whole: bool) -> None:
+    """The students of one teacher side by side, and the line a person came for."""
+    from attar.evaluation.table import table_of_many
+
+    if whole:
+        console.print(table_of_many(verdicts))
+    console.print(verdicts.headline, style="bold", soft_wrap=True)
+    if verdicts.goal_line is not None:
+        console.print(verdicts.goal_line, soft_wrap=True)
+    if whole:
+        console.print(verdicts.notes[0], soft_wrap=True)
 
 
 def print_exports(exports: Sequence[dict[str, Any]]) -> None:
@@ -51,6 +68,16 @@ def print_exports(exports: Sequence[dict[str, Any]]) -> None:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """What a run would do, as `attar check` found it."""
+    for index, each in enumerate(plan.get("students", ())):
+        console.print(f"student {index}: {each['name']}", style="bold", markup=False)
+        _print_plan(each)
+        console.print()
+    if "students" not in plan:
+        _print_plan(plan)
+    console.print("checked: every stage ran on one batch. Nothing was trained.")
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
     data, seeds = plan["data"], plan["seeds"]
     lines = [
         (
@@ -59,7 +86,9 @@ def print_plan(plan: dict[str, Any]) -> None:
             f"{data['test']:,} test; inputs {data['shape']}, {data['width']} outputs",
         )
     ]
-    for role in ("teacher", "student"):
+    for role in ("teacher", "student", "baseline"):
+        if role not in plan:  # it is the student
+            continue
         lines.append((role, _size(plan[role])))
         members = plan[role].get("members", ())
         lines += [(f"  member {index}", _size(each)) for index, each in enumerate(members)]
@@ -81,7 +110,6 @@ def print_plan(plan: dict[str, Any]) -> None:
         lines.append((made["folder"], formats))
     _print_rows(lines, 11)
     _print_proposals(plan["stages"])
-    console.print("checked: every stage ran on one batch. Nothing was trained.")
 
 
 def _size(size: dict[str, Any]) -> str:
@@ -182,11 +210,12 @@ def describe_rooms(room: str | None, plugins: Sequence[str]) -> dict[str, dict[s
 def _member(member: Any, room: str) -> dict[str, Any]:
     lines = (inspect.getdoc(member) or "").splitlines()
     parameters = inspect.signature(member).parameters.values()
+    said = SAID.get(member.__name__, {}) if room == "stages" else {}
     options = {
         p.name: "required" if p.default is p.empty else _default(p.default)
         for p in parameters
         if p.name not in SUPPLIED[room] and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+    } | {name: "false" if hint is bool else "null" for name, hint in said.items()}
     return {"about": lines[0] if lines else "", "options": options}
 
 

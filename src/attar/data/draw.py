@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
+_WINDOW = 16  # blocks
 
 
 def hashed(key: int, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -55,9 +56,29 @@ def key_of(*parts: int | str) -> int:
     return state
 
 
-def permutation(count: int, *, seed: int, number: int) -> NDArray[np.int64]:
-    """The order of epoch ``number``: the ids sorted by their hash under (seed, number)."""
-    return np.argsort(hashed(key_of("order", seed, number), np.arange(count, dtype=np.int64)))
+def permutation(
+    count: int, *, seed: int, number: int, block: int | None = None
+) -> NDArray[np.int64]:
+    """The order of epoch ``number``: the ids sorted by their hash under (seed, number).
+
+    With ``block``, runs of so many ids stay near one another: the blocks are shuffled, and then
+    the rows of each 16 blocks that follow one another. What is read of the disk at a time is then
+    16 blocks and not the whole.
+    """
+    order = _sorted_by_hash("order", np.arange(count, dtype=np.int64), seed, number)
+    if block is None or block >= count:
+        return order
+    # Its place in the order of the rows tells where a row stands in its window.
+    place = np.empty(count, dtype=np.int64)
+    place[order] = np.arange(count)
+    blocks = np.arange(-(-count // block), dtype=np.int64)
+    window = np.empty(len(blocks), dtype=np.int64)
+    window[_sorted_by_hash("blocks", blocks, seed, number)] = blocks // _WINDOW
+    return np.lexsort((place, window[np.arange(count) // block]))
+
+
+def _sorted_by_hash(stream: str, ids: NDArray[np.int64], seed: int, number: int) -> Any:
+    return np.argsort(hashed(key_of(stream, seed, number), ids))
 
 
 def augmented(

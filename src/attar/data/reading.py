@@ -49,14 +49,15 @@ def read(
     *,
     start: int = 0,
     augment: tuple[Augmentation, ...] = (),
-    seed: int = 0,
-    view: int = 0,
+    pixels: tuple[int, int] = (0, 0),
 ) -> Iterator[Batch]:
     """The share ``part`` of each batch of the rows ``order``, from batch ``start`` on.
 
     The shares of the ranks lie one after the other: joined they are the batch of one process.
+    ``pixels`` is the (seed, view) with which the augmentations draw.
     """
     rows: Rows = source.rows
+    seed, view = pixels
     if augment:
         rows = partial(augmented, source, augment=augment, seed=seed, view=view)
     firsts = range(start * batch_size, len(order), batch_size)

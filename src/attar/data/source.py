@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from attar.runtime import UsageError
 _STATISTICS_ROWS = 10_000
 _FINGERPRINT_ROWS = 1_024
 _CHUNK = 256
+
+VIEW_SEED = 0  # of the views that are the same for every seed
 
 
 class Source(ABC):
@@ -78,6 +81,8 @@ class Source(ABC):
         augment: Sequence[Augmentation] = (),
         start: int = 0,
         part: tuple[int, int] = (0, 1),
+        views: int | None = None,
+        block: int | None = None,
     ) -> Iterator[Batch]:
         """One pass over all rows, shuffled and augmented.
 
@@ -99,9 +104,17 @@ class Source(ABC):
             share of each batch, rows ``rank * n // world`` to ``(rank + 1) * n // world`` of n.
             Where that is no row, it gets the whole batch, with a scalar 1 named ``idle``; such a
             batch must not count, and only keeps step with the others.
+        views:
+            How many augmented versions of each row there are; new ones in every epoch when left
+            out. The pixels are then of (number mod views, id) alone, whatever the seed, and each
+            batch has ``view``, an int64 scalar: a teacher can be asked once for each version.
+        block:
+            Rows in a block of a shuffle by blocks, for rows that do not fit in memory: see
+            ``attar.data.draw.permutation``. All rows at once when left out.
         """
         _at_least(0, number=number, start=start)
         _at_least(1, batch_size=batch_size)
+        _at_least(1, **{k: v for k, v in {"views": views, "block": block}.items() if v is not None})
         check_part(part)
         if start > -(-len(self) // batch_size):
             raise UsageError(
@@ -109,17 +122,12 @@ class Source(ABC):
                 f"{-(-len(self) // batch_size)} batches of {batch_size}; resume with the batch "
                 "size of the interrupted epoch"
             )
-        order = permutation(len(self), seed=seed, number=number)
-        return read(
-            self,
-            order,
-            batch_size,
-            part,
-            start=start,
-            augment=tuple(augment),
-            seed=seed,
-            view=number,
+        order = permutation(len(self), seed=seed, number=number, block=block)
+        pixels = (seed, number) if views is None else (VIEW_SEED, number % views)
+        batches = read(
+            self, order, batch_size, part, start=start, augment=tuple(augment), pixels=pixels
         )
+        return batches if views is None else map(partial(_of_view, pixels[1]), batches)
 
     def batches(self, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """All rows in order of id, nothing random; the last batch may be short.
@@ -281,6 +289,10 @@ def row_numbers(source: Source, ids: Tensor) -> Array:
             f"{source.name}: there is no row {wrong}; ids go from 0 to {len(source) - 1}"
         )
     return picked
+
+
+def _of_view(view: int, batch: Batch) -> Batch:
+    return {**batch, "view": torch.tensor(view)}
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -13,6 +13,7 @@ from attar.evaluation.judge import compare, judge
 from attar.evaluation.rows import Evaluation, collect, evaluate
 from attar.evaluation.table import table
 from attar.evaluation.verdict import Goal, ModelReport, Seen, Verdict
+from attar.evaluation.verdicts import Verdicts
 
 __all__ = [
     "Cost",
@@ -24,6 +25,7 @@ __all__ = [
     "Resampled",
     "Seen",
     "Verdict",
+    "Verdicts",
     "bootstrap",
     "collect",
     "compare",

@@ -37,6 +37,8 @@ def judge(
     teacher_share: float | None = None,
     retain: float | None = None,
     called: str = "distilled",
+    taught_by: str | None = None,
+    reuses_head: bool = False,
     saw: Mapping[str, Seen] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -56,6 +58,8 @@ def judge(
         teacher_share: the share of the distillation's time that was spent asking the teacher.
         retain: the goal: the share of the teacher's metric to keep, as 0.99.
         called: what the judged student is called.
+        taught_by: what taught it, where that is no model of a role.
+        reuses_head: the judged student ends in its teacher's classifier.
         saw: the rows that each learned from, by role.
         resamples, seed: of the bootstrap.
 
@@ -96,6 +100,8 @@ def judge(
         resamples=resamples,
         labels=_class_counts(labels, models["distilled"].per_class),
         called=called,
+        taught_by=taught_by,
+        reuses_head=reuses_head,
         saw=saw or {},
     )
 
@@ -254,7 +260,8 @@ def compare(
     costs: dict[str, Cost] = {}
     if measure_cost:
         inputs = source.rows(torch.arange(min(64, len(source))))["inputs"]
-        named_by_role = {roles.get(n, n): m for n, m in models.items()}
+        sized = {n: m for n, m in models.items() if any(True for _ in m.parameters())}
+        named_by_role = {roles.get(n, n): m for n, m in sized.items()}  # not of a plain function
         costs = measured_costs(named_by_role, inputs, device=device)
     return judge(
         task,

@@ -94,6 +94,8 @@ class Verdict:
         labels: the examples of each class in the test set.
         called: what the judged student is called: "distilled", or "transferred" where it inherits
             weights and asks no teacher.
+        taught_by: what taught the student, in words, where it was no fixed model.
+        reuses_head: the student ends in its teacher's classifier, behind a projector.
         saw: the rows that each model learned from, by role, where a run knows them.
     """
 
@@ -112,6 +114,8 @@ class Verdict:
     resamples: int = 1000
     labels: tuple[int, ...] | None = field(default=None, repr=False)
     called: str = "distilled"
+    taught_by: str | None = None
+    reuses_head: bool = False
     saw: Mapping[str, Seen] = field(default_factory=dict)
 
     @property
@@ -141,6 +145,8 @@ class Verdict:
                 "outcome": self.outcome,
                 "against": self.against,
                 "called": self.called,
+                "taught_by": self.taught_by,
+                "reuses_head": self.reuses_head,
                 "saw": {name: asdict(seen) for name, seen in self.saw.items()},
                 "metric": self.metric,
                 "percent": is_share(self.metric),

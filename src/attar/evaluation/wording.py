@@ -97,7 +97,8 @@ def _reached(verdict: Verdict) -> str:
     value = show(metric, verdict.models["distilled"].primary.value, digits=digits)
     alone, seen = _alone(verdict), verdict.saw.get("distilled")
     on = "" if alone is None or seen is None else f" on {count(seen.rows, 'row')}"
-    line = f"Taught by the teacher{on}, the student reaches {_with_article(metric)} of {value}"
+    by = verdict.taught_by or "the teacher"
+    line = f"Taught by {by}{on}, the student reaches {_with_article(metric)} of {value}"
     if verdict.against is None:
         return line + "."
     other = show(metric, verdict.models[verdict.against].primary.value, digits=digits)
@@ -213,8 +214,29 @@ def _interval_method(seeds: int, examples: str, resamples: int) -> str:
 
 def notes(verdict: Verdict) -> list[str]:
     """What a reader must know before believing the verdict."""
-    lines = [*_doubts_of_models(verdict), _last_epoch(verdict), _few_seeds(verdict)]
+    lines = [
+        *kind_of_student(verdict),
+        *_doubts_of_models(verdict),
+        _last_epoch(verdict),
+        _few_seeds(verdict),
+    ]
     return [line for line in lines if line]
+
+
+def kind_of_student(verdict: Verdict) -> list[str]:
+    """What is unusual in how the judged student was taught, or in what it is."""
+    lines = []
+    if verdict.taught_by is not None:
+        lines.append(
+            f"Taught by {verdict.taught_by}. That is no fixed model, so the student is compared "
+            "with the baseline alone."
+        )
+    if verdict.reuses_head:
+        lines.append(
+            "The student ends in its teacher's classifier, behind a projector of its own: its "
+            "size, its time and its file are those of the whole. The baseline is the plain student."
+        )
+    return lines
 
 
 def _last_epoch(verdict: Verdict) -> str:

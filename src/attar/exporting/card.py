@@ -170,10 +170,10 @@ def described(module: nn.Module) -> str:
     built = getattr(module, "attar_build", None) or {}
     hidden = {"shape", "outputs", "mean", "std"}
     options = built.get("options", {}).items()
-    parts = [str(built.get("family", type(module).__name__))]
+    parts = [str(built.get("family", module._get_name()))]
     parts += [f"{key} {value}" for key, value in options if key not in hidden]
     count = sum(parameter.numel() for parameter in module.parameters())
-    return ", ".join([*parts, f"{count:,} parameters"])
+    return ", ".join([*parts, f"{count:,} parameters"] if count else parts)
 
 
 def _dtype(tensor: Tensor) -> str:

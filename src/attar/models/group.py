@@ -43,8 +43,13 @@ class Group(nn.ModuleList):
         self.training = all(member.training for member in members)
         self._task = task
 
+    @property
+    def main(self) -> str:
+        """The output that is compared: the task's main one."""
+        return self._task.outputs[0]
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Each member's main output by its number, and the first's by the task's name."""
-        main = self._task.outputs[0]
+        main = self.main
         outputs = [self._task.output(member(*args, **kwargs), main) for member in self]
         return {main: outputs[0]} | {str(index): out for index, out in enumerate(outputs)}

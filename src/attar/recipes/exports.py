@@ -64,7 +64,7 @@ def told(job: Job, *, name: str, data: str, seed: int) -> dict[str, str]:
         data, seed: what it was trained on, in words, and the seed that validation liked best.
     """
     teacher = "; and ".join(described(member.model) for member in job.members)
-    teacher = teacher or "the student's own moving average"
+    teacher = teacher or job.moving or ""
     which = f" (seed {seed})" if job.recipe.seeds > 1 else ""
     card = {"name": f"{name} student{which}", "teacher": teacher, "data": data}
     return {field: redacted(text) for field, text in card.items()}

@@ -14,6 +14,7 @@ from torch import nn
 
 from attar.data import Source
 from attar.evaluation import Seen, bootstrap, collect, count_macs
+from attar.models import Group, reuse_head
 from attar.recipes import exports
 from attar.recipes.parts import Parts, parted
 from attar.recipes.proposal import proposed
@@ -28,13 +29,14 @@ from attar.recipes.teachers import (
     seeded,
     taught_task,
 )
-from attar.recipes.turns import Turn
+from attar.recipes.turns import Turn, reuses_head
 from attar.runtime import PreflightError, eval_mode
 from attar.tasks import Regression, Task
 from attar.tasks.task import Rows
 from attar.teachers import EMA, Ensemble, Teacher, learned_weights
 from attar.training import Term, distill, train
 from attar.training import check as check_stage
+from attar.training.peers import between, labels_of
 
 # What is said of a student that knows something; one that starts at random has no use for it.
 INHERITED = {"init", "freeze", "unfreeze_every", "layer_decay", "frozen_batch_norm", "l2_sp"}
@@ -91,6 +93,23 @@ class Job:
         return plan.ema if isinstance(plan, TeacherPlan) else None
 
     @property
+    def peers(self) -> int:
+        """How many other students teach the one that is judged, and learn from it."""
+        plan = self.recipe.teacher
+        return (plan.mutual or 1) - 1 if isinstance(plan, TeacherPlan) else 0
+
+    @property
+    def moving(self) -> str | None:
+        """What teaches, in words, where it is no fixed model."""
+        plan = self.recipe.teacher
+        return plan.moving if isinstance(plan, TeacherPlan) else None
+
+    @property
+    def reuses_head(self) -> bool:
+        """Whether the student that is judged ends in its teacher's classifier."""
+        return reuses_head(self.recipe.turns)
+
+    @property
     def teaches_first(self) -> bool:
         """Whether a model that teaches is trained here, on labels."""
         return any(member.training is not None for member in self.members)
@@ -144,7 +163,7 @@ class Job:
         Args:
             later: how many students start anew after it; each has another start.
         """
-        made = self.recipe.student
+        made = self.recipe.students[0]
         if isinstance(made, nn.Module):
             return copied(made)
         return self.made(made, number, later)
@@ -160,6 +179,7 @@ class Job:
         """Who learns in each stage, and whom the stage before left behind.
 
         The student that starts last starts as *start*; the baseline is one student throughout.
+        Students that teach each other are one module, a ``Group``, of which *start* is the first.
         """
         own, last = start, None
         for index, turn in enumerate(self.recipe.turns):
@@ -168,8 +188,30 @@ class Job:
                 learner = self.made(turn.assistant, number, index)
             elif with_teacher and turn.later is not None:
                 learner = own = self.student(number, turn.later) if turn.later else start
+                if self.peers:
+                    learner = own = self._group(number, start)
+            if with_teacher and turn.reuse_head:
+                learner = self._reusing(learner, last if turn.previous else None, number)
+                own = learner if turn.assistant is None else own
             yield turn, learner, last
             last = learner
+
+    def _group(self, number: int, start: nn.Module) -> Group:
+        if isinstance(self.recipe.students[0], nn.Module):
+            raise PreflightError(
+                "students that teach each other start from different weights, and copies of one "
+                "module do not; give a function that makes it: student=lambda: MyNet()"
+            )
+        others = [self.student(number, peer) for peer in range(1, self.peers + 1)]
+        return Group([start, *others], self.task)
+
+    def _reusing(self, learner: nn.Module, before: nn.Module | None, number: int) -> nn.Module:
+        """The student with a new projector and the classifier of its teacher."""
+        teacher = self.teacher if before is None else before
+        inputs = self.train.rows(torch.arange(min(4, len(self.train))))["inputs"]
+        # Another start than any student's of this seed.
+        seed = self.recipe.seed + number + len(self.recipe.turns) * GENERATION
+        return seeded(seed, lambda: reuse_head(learner.cpu(), teacher.cpu(), inputs))
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -198,6 +240,11 @@ def _task(recipe: Recipe) -> Task:
     return task
 
 
+def judged(learner: nn.Module) -> nn.Module:
+    """The student of a stage: of several that teach each other, the first."""
+    return learner[0] if isinstance(learner, Group) else learner
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A copy of a student that was given as a module: each seed and arm starts from one."""
     try:
@@ -209,17 +256,25 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def check_job(job: Job) -> dict[str, Any]:
-    """Try every stage on one batch; returns the plan as JSON."""
+def check_teacher(job: Job) -> None:
+    """Try the stage of each teacher on one batch, or ask those that are loaded what they know."""
     for member in job.members:
         if member.training is not None:
             check_stage(member.model, None, job.parts.teacher, job.task, **member.training)
-    if job.distils and job.momentum is None and not job.teaches_first:
+    if job.distils and job.moving is None and not job.teaches_first:
         check_floor(job)
+
+
+def check_job(job: Job) -> dict[str, Any]:
+    """Try every stage of the student on one batch; returns the plan as JSON."""
     student = job.student(0)
     copied(student)
     _check_question(job)
     _check_label_weights(job)
+    sizes, stages, last = _sizes(job, student), [], student
+    for turn, learner, before in job.learners(0, student, with_teacher=True):
+        stages.append(_checked(job, student, turn, learner, before))
+        last = judged(learner)
     plan = {
         "data": {
             "name": job.called_data,
@@ -230,15 +285,16 @@ def check_job(job: Job) -> dict[str, Any]:
             "width": job.task.width,
         },
         "teacher": _teacher_sizes(job),
-        "student": _sizes(job, student),
+        "student": sizes,
         "saw": {name: asdict(seen) for name, seen in job.saw.items()},
         "seeds": job.recipe.seeds,
-        "stages": [
-            _checked(job, student, *each) for each in job.learners(0, student, with_teacher=True)
-        ],
+        "stages": stages,
     }
+    if job.reuses_head:
+        model = f"{sizes['model']}, a projector and the teacher's classifier"
+        plan |= {"student": _sizes(job, last) | {"model": model}, "baseline": sizes}
     if job.recipe.exporting is not None:
-        plan["export"] = exports.check_stage(job, student)
+        plan["export"] = exports.check_stage(job, last)
     return plan
 
 
@@ -253,10 +309,10 @@ def _check_question(job: Job) -> None:
             "no stage is distill and none has init, so student and baseline would be the same; "
             "add do: distill with terms, or init: the folder of a model to start from"
         )
-    if job.momentum is not None and job.recipe.goal is not None:
+    if job.moving is not None and job.recipe.goal is not None:
         raise PreflightError(
-            "the goal is a share of the teacher's metric, and a teacher that follows the student "
-            "has none of its own; leave goal out"
+            "the goal is a share of the teacher's metric, and a teacher that moves with the "
+            "student has none of its own; leave goal out"
         )
     if not job.distils and job.recipe.goal is not None:
         raise PreflightError(
@@ -275,9 +331,15 @@ def _check_label_weights(job: Job) -> None:
             f"labels is {few:,}, but no stage is distill, so rows without labels are of no use; "
             f"write examples: {few} instead, or add do: distill"
         )
-    if job.momentum is not None and verb(job.recipe.trainings[0]) is distill:
+    if job.peers:
         raise PreflightError(
-            f"with labels: {few} a distill stage has no labels, and a teacher that follows the "
+            f"with labels: {few} a distill stage has no labels, and students that teach each other "
+            "without any can agree on anything; leave labels out (examples gives them few rows), "
+            "or choose another teacher"
+        )
+    if job.moving is not None and verb(job.recipe.trainings[0]) is distill:
+        raise PreflightError(
+            f"with labels: {few} a distill stage has no labels, and a teacher that moves with the "
             "student knows no more than it; begin with a stage do: train"
         )
     for index, stage in enumerate(job.recipe.trainings):
@@ -294,8 +356,8 @@ def _check_label_weights(job: Job) -> None:
 
 
 def _teacher_sizes(job: Job) -> dict[str, Any]:
-    if job.momentum is not None:
-        return {"model": f"the student's own moving average, momentum {job.momentum}"}
+    if job.moving is not None:
+        return {"model": job.moving}
     whole = _sizes(job, job.teacher)
     if len(job.members) == 1:
         return whole
@@ -307,6 +369,8 @@ def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
     batch = job.train.rows(torch.arange(1))
     with eval_mode(model), torch.no_grad():
         job.task.try_forward(model, batch, "model")
+    if not any(True for _ in model.parameters()):  # a function, whose size nobody knows
+        return {"model": kind(model)}
     return {
         "model": kind(model),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -356,8 +420,12 @@ def stage_of(
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
     if function is distill and not options.get("terms"):
         raise PreflightError("a distill stage has no terms: nothing would be asked of the teacher")
+    if with_teacher and job.peers:
+        options = _mutual(job, function, options)
     # A loss with weights of its own starts anew in every seed.
     options["terms"] = [_fresh(term) for term in options.get("terms", ())]
+    if with_teacher and job.peers:
+        return None, {**job.common, **options}
     if function is not distill or not with_teacher:
         left_out = {"terms", "label_weight"}
         if not with_teacher and not job.distils:
@@ -365,6 +433,23 @@ def stage_of(
         options = {k: v for k, v in options.items() if k not in left_out}
         return None, {"label_weight": 1.0, **job.common, **options}
     return _asked(job, turn, learner, before), {**job.common, **options}
+
+
+def _mutual(job: Job, function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a stage in which every student learns from labels and from the others."""
+    defaults = inspect.signature(distill).parameters
+    if told := {name for name in INHERITED if options.get(name)}:
+        raise PreflightError(
+            f"'{min(told)}' is of one student, and students that teach each other start from "
+            "different weights and learn as a whole; leave it out"
+        )
+    count, main = job.peers + 1, job.task.outputs[0]
+    weight = options.get("label_weight", defaults["label_weight"].default)
+    if function is not distill:
+        weight, options = 1.0, {**options, "terms": ()}
+    terms = between(options["terms"], count, main)
+    labels = labels_of(job.task, count, weight) if weight else []
+    return {**options, "terms": terms + labels, "label_weight": weight}
 
 
 def _asked(job: Job, turn: Turn, learner: nn.Module, before: nn.Module | None) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from attar.recipes.rooms import rooms
 from attar.recipes.turns import Turn, turns_of
 from attar.runtime import PreflightError, UsageError
 from attar.tasks import Task
+from attar.teachers import Keep
+from attar.teachers.function import Gives
 
 MOST_SEED = 2**62  # below it every seed of a run fits torch's generator
 
@@ -41,11 +44,20 @@ class TeacherPlan:
     outputs stands for, in order, None for one that is none of them (``attar.teachers.adapted``).
     ``size`` is that of the images it reads, where it is another.
 
+    ``load`` an .onnx file: onnxruntime runs it (``attar.teachers.from_onnx``), and ``gives`` says
+    what it answers; logits when left out.
+
     ``ensemble``: several teachers that answer as one (``attar.Ensemble``), by ``weighting`` and
     ``temperature``; ``learned`` weights are found on the validation rows, once all are trained.
 
     ``ema``: the teacher is the moving average of each student itself (``attar.EMA``), of this
     momentum.
+
+    ``mutual``: the teachers are other students like the recipe's, of other starts: so many in all,
+    which teach each other (``attar.Group``). The first is the one that is judged.
+
+    ``cache``: ask the teacher about each row once and keep what it says, for the other epochs,
+    seeds and runs (``attar.teachers.Filling``); a table says in what form (``Keep``).
     """
 
     model: Model | None = None
@@ -54,10 +66,29 @@ class TeacherPlan:
     project: bool = False
     classes: dict[str, list[str]] | list[str | int | None] | None = None
     size: Annotated[int, Ge(1)] | None = None
+    gives: Gives | None = None
     ensemble: Sequence[TeacherPlan] | None = None
     weighting: Literal["mean", "entropy", "confidence", "learned"] | list[float] = "mean"
     temperature: Annotated[float, Gt(0)] = 1.0
     ema: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    mutual: Annotated[int, Ge(2)] | None = None
+    cache: bool | Keep = False
+
+    @property
+    def moving(self) -> str | None:
+        """What teaches, in words, where it moves with the student; None for a fixed model."""
+        if self.ema is not None:
+            return f"the student's own moving average, momentum {self.ema}"
+        if self.mutual is None:
+            return None
+        if self.mutual == 2:
+            return "another student like it, which learns beside it from another start"
+        return f"{self.mutual - 1} other students like it, which learn beside it from other starts"
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the teacher is a file that onnxruntime runs."""
+        return self.load is not None and self.load.lower().endswith(".onnx")
 
     @property
     def projects(self) -> bool:
@@ -65,11 +96,20 @@ class TeacherPlan:
         return self.project or self.classes is not None
 
     def __post_init__(self) -> None:
-        own = (self.model, self.load, self.train, self.classes, self.size)
+        own = (self.model, self.load, self.train, self.classes, self.size, self.gives)
         plain = not self.project and all(each is None for each in own)
+        if self.cache and self.moving is not None:
+            raise ValueError(
+                "a teacher that moves with the student says something else every time; leave "
+                "cache out"
+            )
         if self.ema is not None:
-            if self.ensemble is not None or not plain:
+            if self.ensemble is not None or self.mutual is not None or not plain:
                 raise ValueError("beside ema stands nothing: the teacher is the student's average")
+            return None
+        if self.mutual is not None:
+            if self.ensemble is not None or not plain:
+                raise ValueError("beside mutual stands nothing: the students are the teachers")
             return None
         if self.ensemble is not None:
             return self._check_ensemble(self.ensemble, plain)
@@ -95,12 +135,22 @@ class TeacherPlan:
                 "are resized to what the teacher was built for"
             )
 
+        if self.gives is not None and not self.is_onnx:
+            raise ValueError("gives says what an ONNX file answers: it stands with load: FILE.onnx")
+        if self.is_onnx and (self.project or isinstance(self.classes, dict)):
+            raise ValueError(
+                "an ONNX file does not say what its classes are called; give classes: a list of "
+                "the class that each of its outputs stands for"
+            )
+
     def _check_ensemble(self, members: Sequence[TeacherPlan], plain: bool) -> None:
         if not plain:
             raise ValueError("beside ensemble stand weighting and temperature alone")
         if len(members) < 2:
             raise ValueError(f"an ensemble needs at least two members, not {len(members)}")
-        if any(member.ensemble is not None or member.ema is not None for member in members):
+        if any(member.cache for member in members):
+            raise ValueError("what all members say together is cached: put cache beside ensemble")
+        if any(member.ensemble is not None or member.moving is not None for member in members):
             raise ValueError("a member of an ensemble is a model that is loaded or trained")
         weighting = self.weighting
         if not isinstance(weighting, str) and len(weighting) != len(members):
@@ -132,10 +182,12 @@ class Recipe:
         data: a reader of ``attar.data``, or its splits.
         teacher: a plan, or a trained module.
         student: a family of ``attar.models`` with its options, a module, or a function that
-            makes one.
+            makes one; or a list of them, each of which is distilled by the same teacher.
         stages: what is done to the student, in order. A distill stage with ``teacher="previous"``
             has the model of the stage before teach a student that starts anew; with ``student``,
             a model like the recipe's, that one learns, to teach the next stage.
+            With ``reuse_head``, the student ends in the teacher's classifier from there on
+            (``attar.models.reuse_head``).
         goal: what it has to keep.
         examples: how many of the training rows the student is given, the same share of each
             class; all when left out. A teacher that is trained here is given all.
@@ -151,7 +203,7 @@ class Recipe:
     task: TaskChoice | Task
     data: Data | Splits
     teacher: TeacherPlan | nn.Module
-    student: Model | nn.Module
+    student: Model | nn.Module | Sequence[Model | nn.Module]
     stages: Sequence[Stage]
     goal: Goal | None = None
     examples: Annotated[int, Ge(2)] | None = None
@@ -175,6 +227,7 @@ class Recipe:
                 "labels gives the student all rows and few labels, examples few rows; leave one of "
                 "them out"
             )
+        self._check_students()
         if not self.stages:
             raise ValueError("the recipe has no stages; add one, such as - do: distill")
         exports = [index for index, stage in enumerate(self.stages) if verb(stage) is export]
@@ -187,7 +240,49 @@ class Recipe:
             raise ValueError(
                 "the recipe only exports; put a stage that trains before it, such as - do: distill"
             )
-        turns_of(self.trainings)  # refuses an order in which somebody learns for nothing
+        self._check_turns()
+
+    def _check_students(self) -> None:
+        if not self.students:
+            raise ValueError("student is an empty list; give it one student or more")
+        seen: dict[Any, int] = {}
+        for index, student in enumerate(self.students):
+            first = seen.setdefault(_spelling(student), index)
+            if first != index:
+                raise ValueError(
+                    f"student.{index} is the same as student.{first}; leave one of them out (seeds "
+                    "trains a student several times)"
+                )
+
+    def _check_turns(self) -> None:
+        turns, plan = self.turns, self.teacher  # refuses an order in which one learns for nothing
+        if not isinstance(plan, TeacherPlan):
+            return
+        if plan.mutual and any(turn.previous or turn.assistant for turn in turns):
+            raise ValueError(
+                "students that teach each other have no generations and no assistants; leave "
+                "teacher: previous and student out of the stages, or mutual out of the teacher"
+            )
+        one = not (plan.moving or plan.ensemble or plan.projects or plan.size or plan.is_onnx)
+        if not one and any(turn.reuse_head and not turn.previous for turn in turns):
+            raise ValueError(
+                "reuse_head takes over the classifier of one model that is trained or loaded as it "
+                "is, of these classes; no other teacher has one to give"
+            )
+
+    @property
+    def many(self) -> bool:
+        """Whether there is a list of students."""
+        return isinstance(self.student, Sequence)
+
+    @property
+    def students(self) -> Sequence[Model | nn.Module]:
+        """Every student; the only one where there is no list."""
+        return self.student if isinstance(self.student, Sequence) else [self.student]
+
+    def singles(self) -> list[Recipe]:
+        """The recipe of each student by itself."""
+        return [replace(self, student=student) for student in self.students]
 
     @property
     def trainings(self) -> Sequence[Stage]:
@@ -206,6 +301,20 @@ class Recipe:
         if verb(last) is not export:
             return None
         return dict(last.keywords) if isinstance(last, partial) else {}
+
+
+def options_of(student: Model | nn.Module) -> dict[str, Any]:
+    """What a student is made with, defaults included; nothing of a module."""
+    if isinstance(student, nn.Module):
+        return {}
+    parameters = inspect.signature(verb(student)).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    return defaults | (student.keywords if isinstance(student, partial) else {})
+
+
+def _spelling(student: Model | nn.Module) -> tuple[int, str]:
+    """The same for students that are the same."""
+    return id(verb(student)), repr(sorted(options_of(student).items()))
 
 
 def verb(stage: Stage) -> Any:
@@ -228,6 +337,15 @@ class Loaded:
     full: dict[str, Any]
     name: str
     plugins: dict[str, str] = field(default_factory=dict)
+
+    def singles(self) -> list[Loaded]:
+        """The recipe of each student of a list by itself."""
+        found = []
+        for index, recipe in enumerate(self.recipe.singles()):
+            written = {"student": self.full["student"][index]} if "student" in self.full else None
+            full = {"python": repr(recipe)} if written is None else self.full | written
+            found.append(Loaded(recipe, full, f"{self.name}-{index}", self.plugins))
+        return found
 
 
 def load_recipe(

@@ -125,6 +125,8 @@ class Resolver:
             if name not in supplied
             and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         }
+        for name in said.keys() - writable.keys():  # the recipe's own word, no option of a member
+            writable[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
         for name in given:
             if name in supplied:
                 raise self.fail(
@@ -164,9 +166,14 @@ class Resolver:
         if raw is None and type(None) in members:
             return None
         members = [m for m in members if m is not type(None)]
+        if bool in members and not isinstance(raw, dict):  # yes, or a table of how
+            return self._leaf(raw, bool, path)
         numbers = [m for m in members if _unmarked(m) in (int, float)]
         if numbers and not isinstance(raw, str | dict):  # a weight, or the name of its schedule
             return self._leaf(raw, functools.reduce(operator.or_, numbers), path)
+        lists = [m for m in members if _structured(_item(_unmarked(m)))]
+        if lists and isinstance(raw, list):  # several of what may stand alone
+            return self.value(raw, lists[0], path)
         # What is no name or table is one of the plain members, where there are any; beside a name
         # or a table, a union's other members are objects that only Python can give.
         plain = [m for m in members if not _structured(m)]
@@ -236,6 +243,8 @@ def _takes_numbers(hints: Sequence[Any]) -> bool:
 
 def _structured(hint: Any) -> bool:
     inner = _unmarked(hint)
+    if get_origin(inner) in (Union, types.UnionType):
+        return any(map(_structured, get_args(inner)))
     return _room(hint) is not None or dataclasses.is_dataclass(inner)
 
 

@@ -53,7 +53,9 @@ SUPPLIED: dict[str, frozenset[str]] = {
 }
 
 # What a recipe may say of it all the same, by the member's name: words, or a model to be built.
-SAID: dict[str, dict[str, Any]] = {"distill": {"teacher": Literal["previous"], "student": Model}}
+SAID: dict[str, dict[str, Any]] = {
+    "distill": {"teacher": Literal["previous"], "student": Model, "reuse_head": bool}
+}
 
 
 def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:

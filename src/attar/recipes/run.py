@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import attar
 from attar.data import Source
-from attar.evaluation import Cost, Verdict, collect, costs, judge
+from attar.evaluation import Cost, Verdict, Verdicts, collect, costs, judge
 from attar.evaluation.curves import figures
-from attar.models import save
+from attar.models import Group, save
 from attar.recipes import exports
+from attar.recipes.caching import check_cache, remembering
 from attar.recipes.job import (
     Job,
     check_floor,
     check_job,
+    check_teacher,
     copied,
+    judged,
     learned,
     prepare,
     rows_of_stage,
@@ -29,7 +32,8 @@ from attar.recipes.job import (
 )
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
-from attar.recipes.teachers import Member
+from attar.recipes.teachers import Member, lost_by
+from attar.recipes.told import described, environment, warn
 from attar.recipes.turns import Turn
 from attar.reporting import page
 from attar.runtime import (
@@ -40,9 +44,9 @@ from attar.runtime import (
     check_free,
     connect,
     opened,
-    resolve_device,
 )
 from attar.tasks.task import Rows
+from attar.teachers import Filling
 from attar.training import Fit, Home, copy_of_state, fit
 
 Say = Callable[[str], None]
@@ -50,13 +54,18 @@ Say = Callable[[str], None]
 
 @dataclass
 class Arm:
-    """What came of one way to train a model, a row a seed: the chosen epoch's and the last's."""
+    """What came of one way to train a model, a row a seed: the chosen epoch's and the last's.
+
+    ``kept`` are the models that taught the student and are no longer trained, by their folders.
+    """
 
     finals: list[Fit] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     last: list[Rows] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    kept: list[dict[str, nn.Module]] = field(default_factory=list)
     teacher_seconds: float = 0.0
+    caches: dict[Path, int] = field(default_factory=dict)  # and how many rows were asked about
 
     def mean_seconds(self) -> float | None:
         """Training time of one run; None where nothing was trained."""
@@ -65,10 +74,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Desk:
-    """A job and what is at hand while it is done."""
+    """A job and what is at hand while it is done.
+
+    ``root`` is the folder of the whole run: the teacher lies in it, the cache beside it.
+    """
 
     job: Job
     run: Run
+    root: Path
     ranks: Ranks
     resume: bool
     allow: tuple[str, ...]
@@ -102,12 +115,15 @@ def run(
     allow: Sequence[str] = (),
     say: Say | None = None,
     progress: bool | None = None,
-) -> Verdict:
+) -> Verdict | Verdicts:
     """Do what a recipe says and judge the result on the test split.
 
     Trains the teacher (or loads it), then for each seed the student without a teacher and the
     student with it, from the same start, on the same data, for the same steps. The validation
     split chooses epochs; the test split only reports.
+
+    Of a recipe with a list of students, one teacher teaches each, and what is returned is a
+    ``Verdicts``.
 
     Args:
         recipe: a file, or a ``Recipe`` built in Python.
@@ -127,32 +143,49 @@ def run(
     place = Path(folder) if folder is not None else Path("runs") / loaded.name
     with connect(loaded.recipe.parallel, loaded.recipe.device) as ranks:
         say = say if say and ranks.main else (lambda line: None)
-        resume = _allowed(ranks, place, loaded, resume, allow)
-        job, plans = _checked(loaded)
-        with opened(ranks, place, resume=resume) as home:
-            home.write("recipe.json", loaded.full)
-            home.write("plan.json", plans)
-            if loaded.plugins:
-                home.write("plugins.json", loaded.plugins)
-            say(f"data       {_described(job)}")
-            for warning in (w for stage in plans["stages"] if (w := stage["lopsided"])):
-                say(f"warning    {warning}")
-            desk = Desk(job, home, ranks, resume, tuple(allow), say, progress)
-            desk, taught = _teach(desk)
-            arms = _students(desk, loaded)
-            verdict = _judged(desk, taught, arms)
-            made = {
-                "environment": _environment(loaded, desk.job, ranks),
-                "exports": _exported(desk, loaded, arms["distilled"], verdict),
-            }
-            home.write("verdict.json", verdict.to_json() | made)
-            if ranks.main:
-                home.write("figures.json", _figures(desk, taught, arms))
-                page(place)
-    return verdict
+        resume = allowed(ranks, place, loaded, resume, allow)
+        if loaded.recipe.many:
+            from attar.recipes.many import run_many  # which is made of what is here
+
+            hand = partial(Desk, ranks=ranks, allow=tuple(allow), say=say, progress=progress)
+            return run_many(loaded, place, resume, hand)
+        job, plans = checked(loaded)
+        with begun(ranks, place, loaded, plans, resume=resume) as home:
+            say(f"data       {described(job)}")
+            warn(plans, say)
+            desk = Desk(job, home, place, ranks, resume, tuple(allow), say, progress)
+            return finish(*teach(desk), loaded)[0]
 
 
-def _allowed(ranks: Ranks, place: Path, loaded: Loaded, resume: bool, allow: Sequence[str]) -> bool:
+@contextmanager
+def begun(
+    ranks: Ranks, place: Path, loaded: Loaded, plans: dict[str, Any], *, resume: bool
+) -> Iterator[Run]:
+    """A run folder that says what is going to be done."""
+    with opened(ranks, place, resume=resume) as home:
+        home.write("recipe.json", loaded.full)
+        home.write("plan.json", plans)
+        if loaded.plugins:
+            home.write("plugins.json", loaded.plugins)
+        yield home
+
+
+def finish(desk: Desk, taught: Arm, loaded: Loaded) -> tuple[Verdict, dict[str, Arm]]:
+    """All after the teacher: the students, the verdict and the page."""
+    arms = _students(desk, loaded)
+    verdict = _judged(desk, taught, arms)
+    made = {
+        "environment": environment(loaded, desk.job, desk.ranks),
+        "exports": _exported(desk, loaded, arms["distilled"], verdict),
+    }
+    desk.run.write("verdict.json", verdict.to_json() | made)
+    if desk.ranks.main:
+        desk.run.write("figures.json", _figures(desk, taught, arms))
+        page(desk.run.folder)
+    return verdict, arms
+
+
+def allowed(ranks: Ranks, place: Path, loaded: Loaded, resume: bool, allow: Sequence[str]) -> bool:
     """Whether the folder's run is gone on with; refuses a folder that cannot be used."""
     with ranks.together():
         if ranks.main:  # before any rank writes
@@ -173,32 +206,23 @@ def check(
     Raises:
         AttarError: what ``run`` would raise before its first step.
     """
-    return _checked(_loaded(recipe, overrides, plugins))[1]
+    loaded = _loaded(recipe, overrides, plugins)
+    if loaded.recipe.many:
+        from attar.recipes.many import check_many
+
+        return check_many(loaded)
+    return checked(loaded)[1]
 
 
-def _checked(loaded: Loaded) -> tuple[Job, dict[str, Any]]:
+def checked(loaded: Loaded) -> tuple[Job, dict[str, Any]]:
     """The job, tried out; what is wrong with an option is then wrong with the recipe."""
     try:
         job = prepare(loaded.recipe)
+        check_cache(job)
+        check_teacher(job)
         return job, check_job(job)
     except UsageError as error:
         raise PreflightError(str(error)) from error
-
-
-def _environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
-    """What else a reader needs to repeat the run."""
-    told = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
-    if job.weights is not None:
-        told["teachers' weights"] = ", ".join(f"{weight:.6f}" for weight in job.weights)
-    return {
-        "attar": attar.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-        "device": str(resolve_device(job.recipe.device)),
-        "ranks": str(ranks.world),
-        **told,
-    }
 
 
 def _loaded(
@@ -213,13 +237,12 @@ def _loaded(
     return load_recipe(recipe, overrides=overrides, plugins=plugins)
 
 
-def _teach(desk: Desk) -> tuple[Desk, Arm]:
+def teach(desk: Desk) -> tuple[Desk, Arm]:
     """Train the teachers that are not loaded, and refuse what has learnt nothing."""
     arm, job = Arm(), desk.job
-    if job.momentum is not None:
+    if job.moving is not None:
         desk.say(
-            f"teacher    the student's own moving average, momentum {job.momentum}; as it moves, "
-            "the verdict compares student and baseline alone"
+            f"teacher    {job.moving}; as it moves, the verdict compares student and baseline alone"
         )
         return desk, arm
     done = [_fit_teacher(desk, m) for m in job.members if m.training is not None]
@@ -235,6 +258,8 @@ def _teach(desk: Desk) -> tuple[Desk, Arm]:
         if member.training is not None:
             desk.save(member.model, member.folder, task=job.task.describe())
     arm.rows.append(desk.rows(job.teacher))
+    for lost in lost_by(job.teacher):
+        desk.say(f"{'note':<10} {lost}")
     desk.say(
         f"{job.elder:<10} {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}"
     )
@@ -274,6 +299,8 @@ def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
             took = _took(arms[name].seconds[-1])
             called = job.called if name == "distilled" else name
             desk.say(f"{called + of:<16}{_score(desk, student)} on validation{took}")
+    for cache, count in arms["distilled"].caches.items():
+        desk.say(f"cache      {cache}: the teacher was asked about {count:,} rows")
     for name in ("baseline", "distilled"):
         if arms[name].finals:
             _save_best(desk, arms[name], "student" if name == "distilled" else name, loaded)
@@ -285,14 +312,16 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) -
     job = desk.job
     seed = job.recipe.seed + number
     fits: list[Fit] = []
+    kept: dict[str, nn.Module] = {}
     taught = name == "distilled"
     for turn, learner, before in job.learners(number, start, with_teacher=taught):
         index = len(fits)
         teacher, options = stage_of(job, turn, learner, before, with_teacher=taught)
+        teacher = remembering(job, turn, teacher, options, desk.root, desk.ranks)
         done = fit(
             learner,
             teacher,
-            rows_of_stage(job, turn.stage, with_teacher=teacher is not None),
+            rows_of_stage(job, turn.stage, with_teacher=taught),
             job.task,
             validation=job.validation,
             home=desk.home(arm=name, seed=seed, stage=index),
@@ -302,22 +331,43 @@ def _train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) -
             **options,
         )
         fits.append(done)
-        _say_of_stage(desk, turn, learner, number, name)
+        if taught:
+            _leave(kept, turn, learner)
+            _say_of_stage(desk, turn, learner, number)
         arm.teacher_seconds += done.teacher_seconds
+        if isinstance(teacher, Filling):
+            arm.caches[teacher.folder] = arm.caches.get(teacher.folder, 0) + teacher.count
     arm.finals.append(fits[-1])
     arm.seconds.append(sum(done.seconds for done in fits))
-    student = fits[-1].student
+    learner = fits[-1].student
+    student = judged(learner)
+    arm.kept.append(_teachers(kept, learner))
     arm.rows.append(desk.rows(student))
-    chosen = copy_of_state(student)
-    student.load_state_dict(fits[-1].last)
+    chosen = copy_of_state(learner)
+    learner.load_state_dict(fits[-1].last)
     arm.last.append(desk.rows(student))
-    student.load_state_dict(chosen)
+    learner.load_state_dict(chosen)
     return student
 
 
-def _say_of_stage(desk: Desk, turn: Turn, learner: nn.Module, number: int, name: str) -> None:
+def _leave(kept: dict[str, nn.Module], turn: Turn, learner: nn.Module) -> None:
+    """Note who has learnt: a new model under a name of its own, one that goes on under its last."""
+    kind = "generation" if turn.assistant is None else "assistant"
+    count = sum(name.startswith(kind) for name in kept)
+    goes_on = turn.assistant is None and turn.later is None
+    kept[f"{kind}-{count - goes_on}"] = learner
+
+
+def _teachers(kept: dict[str, nn.Module], last: nn.Module) -> dict[str, nn.Module]:
+    """Who was left behind on the way to the last student, or learnt beside it."""
+    found = {name: model for name, model in kept.items() if model is not last}
+    peers = list(last)[1:] if isinstance(last, Group) else []
+    return found | {f"peer-{number}": model for number, model in enumerate(peers, 1)}
+
+
+def _say_of_stage(desk: Desk, turn: Turn, learner: nn.Module, number: int) -> None:
     """A word on a model that will not be judged."""
-    if name == "distilled" and (turn.assistant is not None or turn.later):
+    if turn.assistant is not None or turn.later:
         called = "assistant" if turn.assistant is not None else "generation"
         of = f" {number + 1}/{desk.job.recipe.seeds}" if desk.job.recipe.seeds > 1 else ""
         desk.say(f"{called + of:<16}{_score(desk, learner)} on validation")
@@ -327,14 +377,16 @@ def _save_best(desk: Desk, arm: Arm, folder: str, loaded: Loaded) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
     job, best = desk.job, _best(desk, arm)
     told: dict[str, Any] = {"seed": job.recipe.seed + best, "data": loaded.full.get("data")}
+    for name, model in arm.kept[best].items():
+        desk.save(model, name, task=job.task.describe(), **told)
     if folder == "student":
         told["card"] = _card(job, loaded, best)
-    desk.save(arm.finals[best].student, folder, task=job.task.describe(), **told)
+    desk.save(judged(arm.finals[best].student), folder, task=job.task.describe(), **told)
 
 
 def _card(job: Job, loaded: Loaded, best: int) -> dict[str, str]:
     seed = job.recipe.seed + best
-    return exports.told(job, name=loaded.name, data=_described(job), seed=seed)
+    return exports.told(job, name=loaded.name, data=described(job), seed=seed)
 
 
 def _best(desk: Desk, arm: Arm) -> int:
@@ -361,7 +413,7 @@ def _exported(desk: Desk, loaded: Loaded, arm: Arm, verdict: Verdict) -> list[di
         if desk.ranks.main:
             made = exports.export_student(
                 job,
-                arm.finals[best].student,
+                judged(arm.finals[best].student),
                 desk.run.folder,
                 card=_card(job, loaded, best),
                 verdict=verdict,
@@ -376,6 +428,7 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
     distilled, baseline = arms["distilled"], arms["baseline"]
     timed = {job.elder: taught, "baseline": baseline, "distilled": distilled}
     seconds = {name: arm.mean_seconds() for name, arm in timed.items()}
+    asked = job.distils and not job.peers
     return judge(
         job.task,
         teacher=taught.rows[0] if job.distils and taught.rows else None,
@@ -386,33 +439,48 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
         start=arms["start"].rows or None,
         costs=_costs(desk, arms),
         seconds={name: took for name, took in seconds.items() if took is not None},
-        teacher_share=distilled.teacher_seconds / sum(distilled.seconds) if job.distils else None,
+        teacher_share=distilled.teacher_seconds / sum(distilled.seconds) if asked else None,
         retain=job.recipe.goal.retain if job.recipe.goal else None,
         called=job.called,
+        taught_by=job.moving,
+        reuses_head=job.reuses_head,
         saw=job.saw,
         seed=job.recipe.seed,
     )
 
 
 def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
-    job = desk.job
-    inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
-    run = desk.run.folder
-    models: dict[str, nn.Module] = {job.elder: job.teacher} if job.members else {}
-    folders: dict[str, Path] = {}
-    if len(job.members) == 1:
-        loaded = job.members[0].loaded
-        folders[job.elder] = run / "teacher" if loaded is None else Path(loaded)
+    models, folders = elder(desk)
     for name, folder in (("baseline", "baseline"), ("distilled", "student")):
         if arms[name].finals:
-            models[name], folders[name] = arms[name].finals[-1].student, run / folder
+            models[name] = judged(arms[name].finals[-1].student)
+            folders[name] = desk.run.folder / folder
+    return measured(desk, models, folders)
+
+
+def elder(desk: Desk) -> tuple[dict[str, nn.Module], dict[str, Path]]:
+    """The teacher and the folder that it lies in, by its name, where its cost can be known."""
+    job = desk.job
+    if not job.members or not any(True for _ in job.teacher.parameters()):
+        return {}, {}
+    if len(job.members) > 1:
+        return {job.elder: job.teacher}, {}
+    loaded = job.members[0].loaded
+    folder = desk.root / "teacher" if loaded is None else Path(loaded)
+    return {job.elder: job.teacher}, {job.elder: folder}
+
+
+def measured(desk: Desk, models: dict[str, nn.Module], folders: dict[str, Path]) -> dict[str, Cost]:
+    """What each costs, timed in turns; known to all ranks."""
+    job = desk.job
+    inputs = job.test.rows(torch.arange(min(64, len(job.test))))["inputs"]
     files = {name: folder / "model.safetensors" for name, folder in folders.items()}
     there = {name: file for name, file in files.items() if file.is_file()}
-    measured: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     if desk.ranks.main:  # alone, so that no other rank is in the way
         found = costs(models, inputs, device=job.recipe.device, files=there)
-        measured = {name: each.to_json() for name, each in found.items()}
-    return {name: Cost(**each) for name, each in desk.ranks.first(measured).items()}
+        told = {name: each.to_json() for name, each in found.items()}
+    return {name: Cost(**each) for name, each in desk.ranks.first(told).items()}
 
 
 def _score(desk: Desk, model: nn.Module) -> str:
@@ -424,11 +492,3 @@ def _score(desk: Desk, model: nn.Module) -> str:
 
 def _took(seconds: float | None) -> str:
     return f", trained in {seconds:.1f} s" if seconds else ""
-
-
-def _described(job: Job) -> str:
-    train = f"{len(job.train):,} train"
-    if job.recipe.labels is not None:
-        train += f", {len(job.parts.labelled):,} of them labelled"
-    held = f"{len(job.validation):,} validation, {len(job.test):,} test"
-    return f"{job.called_data}: {train}, {held}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from attar.recipes.parts import Parts
 from attar.recipes.recipe import Recipe, TeacherPlan
 from attar.runtime import AttarError, DataError, PreflightError
 from attar.tasks import Regression, Task, restore
+from attar.tasks.classes import ClassTask
 from attar.tasks.classification import Classification
-from attar.teachers import Ensemble, Teacher, adapted, project, renamed
+from attar.teachers import Ensemble, Function, Teacher, adapted, from_onnx, project, renamed
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def members_of(
 ) -> tuple[Member, ...]:
     """Build or load every model that teaches; of several each has a seed of its own.
 
-    There is none where the teacher is the average of the student.
+    There is none where the teacher moves with the student.
     """
     plan = recipe.teacher
     if isinstance(plan, nn.Module):
         return (Member(plan, "teacher", recipe.seed),)
-    if plan.ema is not None:
+    if plan.moving is not None:
         return ()
     if plan.ensemble is None:
         return (_member(plan, "teacher", recipe.seed, parts, task, common),)
@@ -92,7 +93,8 @@ def taught_task(plan: Any) -> Task | None:
         return None
     if plan.ensemble is not None:
         return next((task for each in plan.ensemble if (task := taught_task(each))), None)
-    if plan.load is None or plan.model is not None or plan.projects or is_foreign(plan.load):
+    other = plan.projects or plan.is_onnx or plan.model is not None
+    if plan.load is None or other or is_foreign(plan.load):
         return None
     described = read_extra(plan.load).get("task")
     return None if described is None else restore(described)
@@ -114,12 +116,18 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+def lost_by(model: nn.Module) -> list[str]:
+    """What the functions that a model is made of know and do not tell, a sentence each."""
+    parts = [part for part in model.modules() if isinstance(part, Function)]
+    return [part.lost for part in parts if part.lost is not None]
+
+
 def kind(model: nn.Module) -> str:
     """What a model is called: its family, or its class."""
     inner = getattr(model, "model", None)
     if "attar_build" not in vars(model) and isinstance(inner, nn.Module):
         return kind(inner)
-    return str(getattr(model, "attar_build", {}).get("family", type(model).__name__))
+    return str(getattr(model, "attar_build", {}).get("family", model._get_name()))
 
 
 def _member(
@@ -140,6 +148,10 @@ def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
             load_weights(model, plan.load)
         return model
     assert plan.load is not None
+    if plan.is_onnx:
+        if isinstance(task, ClassTask) and isinstance(plan.classes, list):
+            task = replace(task, classes=len(plan.classes))
+        return from_onnx(plan.load, task, gives=plan.gives or "logits")
     if taught := taught_task(plan):
         _check_taught(taught, parts.labelled)
     if not is_foreign(plan.load):

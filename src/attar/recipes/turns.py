@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+KEYS = ("student", "teacher", "reuse_head")  # what a stage says of them
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -19,12 +21,14 @@ class Turn:
         assistant: the model that learns in the place of the recipe's student.
         previous: the model of the stage before teaches, not the recipe's teacher.
         later: where a student starts anew, how many start after it; None where one goes on.
+        reuse_head: who learns ends in the teacher's classifier from here on.
     """
 
     stage: Callable[..., nn.Module]
     assistant: Callable[..., nn.Module] | None
     previous: bool
     later: int | None
+    reuse_head: bool = False
 
 
 def turns_of(stages: Sequence[Callable[..., nn.Module]]) -> list[Turn]:
@@ -42,27 +46,49 @@ def turns_of(stages: Sequence[Callable[..., nn.Module]]) -> list[Turn]:
         for index, own in enumerate(said)
         if "student" not in own and (index == first or "teacher" in own)
     ]
-    return [
+    turns = [
         Turn(
-            _without(stage, own),
+            _without(stage),
             own.get("student"),
             "teacher" in own,
             sum(other > index for other in starts) if index in starts else None,
+            "reuse_head" in own,
         )
         for index, (stage, own) in enumerate(zip(stages, said, strict=True))
     ]
+    reuses_head(turns)  # refuses a second classifier
+    return turns
+
+
+def reuses_head(turns: Sequence[Turn]) -> bool:
+    """Whether the student of the last stage ends in its teacher's classifier.
+
+    Raises:
+        ValueError: a student that would be given a second one.
+    """
+    reused = False
+    for index, turn in enumerate(turns):
+        if turn.assistant is not None:
+            continue
+        goes_on = reused and turn.later is None
+        if goes_on and turn.reuse_head:
+            raise ValueError(
+                f"stage {index} has reuse_head, and the student ends in a teacher's classifier "
+                "already; leave it out there"
+            )
+        reused = goes_on or turn.reuse_head
+    return reused
 
 
 def _said(stage: Callable[..., nn.Module]) -> dict[str, Any]:
     options = stage.keywords if isinstance(stage, partial) else {}
-    said = {key: options.get(key) for key in ("student", "teacher")}
-    return {key: value for key, value in said.items() if value is not None}
+    return {key: options[key] for key in KEYS if options.get(key) not in (None, False)}
 
 
-def _without(stage: Callable[..., nn.Module], said: dict[str, Any]) -> Callable[..., nn.Module]:
+def _without(stage: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     if not isinstance(stage, partial):
         return stage
-    return partial(stage.func, **{k: v for k, v in stage.keywords.items() if k not in said})
+    return partial(stage.func, **{k: v for k, v in stage.keywords.items() if k not in KEYS})
 
 
 def _check(index: int, own: dict[str, Any], later: Sequence[dict[str, Any]]) -> None:

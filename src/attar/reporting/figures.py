@@ -129,7 +129,7 @@ def against_cost(verdict: Mapping[str, Any], key: str) -> Drawing | None:
     ends = padded(min(m.low for m in found), max(m.high for m in found), percent)
     down = Axis(*ends, HEIGHT - BOTTOM, TOP)
     what = "size of the weights" if key == "size" else "time for one example"
-    parts = _frame(across, down, percent, name, what + (", logarithmic" if log else ""))
+    parts = frame(across, down, percent, name, what + (", logarithmic" if log else ""))
     parts += _spots(found, costs, across, down)
     metric = shown(verdict["metric"])
     best = "Up" if verdict["higher_is_better"] else "Down"
@@ -146,7 +146,10 @@ def _cost(cost: Mapping[str, Any], key: str) -> float:
     return float(cost["bytes"] if key == "size" else cost["latency"]["1"]["p50_ms"])
 
 
-def _frame(across: Axis, down: Axis, percent: bool, name: str, what: str) -> list[str]:
+def frame(
+    across: Axis, down: Axis, percent: bool, name: str, what: str, height: float = HEIGHT
+) -> list[str]:
+    """The grid, the ticks and the words of a drawing of a metric against a cost."""
     parts = []
     for tick in down.ticks():
         parts.append(line(LEFT, down(tick), WIDTH - MARGIN, down(tick), "grid"))
@@ -158,9 +161,9 @@ def _frame(across: Axis, down: Axis, percent: bool, name: str, what: str) -> lis
         if x - half < end + LETTER or x + half > WIDTH:  # no room beside the one before
             continue
         end = x + half
-        parts.append(line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 4, "grid"))
-        parts.append(text(words, x, HEIGHT - BOTTOM + 16, anchor="middle"))
-    return [*parts, text(what, WIDTH - MARGIN, HEIGHT - 6, anchor="end")]
+        parts.append(line(x, height - BOTTOM, x, height - BOTTOM + 4, "grid"))
+        parts.append(text(words, x, height - BOTTOM + 16, anchor="middle"))
+    return [*parts, text(what, WIDTH - MARGIN, height - 6, anchor="end")]
 
 
 def _spots(

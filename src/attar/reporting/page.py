@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from attar.reporting.figures import EMPTY, drawings
+from attar.reporting.many import FORMAT as FORMAT_OF_MANY
+from attar.reporting.many import drawing
 from attar.reporting.png import data_uri
 from attar.reporting.redaction import redacted
 from attar.reporting.svg import unit
@@ -22,37 +24,45 @@ def page(run_folder: str | Path) -> Path:
     """Write ``report.html`` into *run_folder* from what lies there, and return its path.
 
     Reads ``verdict.json`` and, where they are, ``figures.json`` and ``recipe.json``. The page is
-    one file without script, loads nothing and shows no home folder, host, user or key.
+    one file without script, loads nothing and shows no home folder, host, user or key. Of a run
+    with several students it compares them; each of them has a page of its own in its folder.
 
     Raises:
         DataError: ``verdict.json`` is missing, broken or of another version; another file is
             broken.
     """
     folder = Path(run_folder)
-    verdict = read_verdict(folder / "verdict.json")
+    verdict = read_verdict(folder / "verdict.json", FORMAT, FORMAT_OF_MANY)
     figures = _figures(folder / "figures.json")
     try:
-        text = _render(folder, verdict, figures)
+        if verdict["format"] == FORMAT_OF_MANY:
+            text = _render_many(folder, verdict)
+        else:
+            text = _render(folder, verdict, figures)
     except (TypeError, KeyError, AttributeError, RecursionError, IndexError, ValueError) as error:
         raise DataError(
-            f"{folder / 'verdict.json'}: does not hold what a verdict of {FORMAT} holds, or "
-            f"figures.json not what figures of {FIGURES} hold ({type(error).__name__}: {error}); "
-            "run the recipe again"
+            f"{folder / 'verdict.json'}: does not hold what a verdict of {verdict['format']} "
+            f"holds, or figures.json not what figures of {FIGURES} hold "
+            f"({type(error).__name__}: {error}); run the recipe again"
         ) from None
     target = folder / "report.html"
     write_atomic(target, text.encode("utf-8"))
     return target
 
 
-def read_verdict(path: Path) -> dict[str, Any]:
+def read_verdict(path: Path, *formats: str) -> dict[str, Any]:
     """The verdict that a run wrote, fit to be shown.
+
+    Args:
+        formats: that are right; that of a single student when none is given.
 
     Raises:
         DataError: it is broken or of another version.
     """
     found = redacted(_read(path))
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{path}: is not a verdict of the format {FORMAT}")
+    wanted = formats or (FORMAT,)
+    if not isinstance(found, dict) or found.get("format") not in wanted:
+        raise DataError(f"{path}: is not a verdict of the format {' or '.join(wanted)}")
     return found
 
 
@@ -97,7 +107,7 @@ def _render(folder: Path, verdict: dict[str, Any], figures: dict[str, Any]) -> s
     from jinja2 import UndefinedError
 
     try:
-        return _template().render(
+        return _template("report.html").render(
             name=redacted(folder.resolve().name),
             verdict=verdict,
             environment=verdict.get("environment") or {},
@@ -110,20 +120,42 @@ def _render(folder: Path, verdict: dict[str, Any], figures: dict[str, Any]) -> s
         raise KeyError(str(error)) from None
 
 
+def _render_many(folder: Path, verdict: dict[str, Any]) -> str:
+    from jinja2 import UndefinedError
+
+    try:
+        return _template("many.html").render(
+            name=redacted(folder.resolve().name),
+            verdict=verdict,
+            environment=verdict.get("environment") or {},
+            drawing=drawing(verdict),
+            recipe=_recipe(folder / "recipe.json"),
+        )
+    except UndefinedError as error:
+        raise KeyError(str(error)) from None
+
+
 def _size(count: float) -> str:
     """Bytes to three digits."""
     return unit(float(f"{count:.3g}"), "B")
 
 
 @cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    source = files("attar.reporting").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
+
+
+def _source(name: str) -> str:
+    return files("attar.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _recipe(path: Path) -> str | None:

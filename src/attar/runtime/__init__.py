@@ -2,6 +2,7 @@
 
 from attar.runtime.closing import Closing
 from attar.runtime.compiling import compiled, recomputed
+from attar.runtime.describing import described
 from attar.runtime.device import autocast, resolve_device, resolve_precision, to_device
 from attar.runtime.errors import (
     EXIT_GOAL_MISSED,
@@ -56,6 +57,7 @@ __all__ = [
     "check_free",
     "compiled",
     "connect",
+    "described",
     "eval_mode",
     "first_line",
     "generators_seeded",

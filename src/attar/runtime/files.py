@@ -104,22 +104,23 @@ def naming(path: str | Path, *, draft: Path | None = None) -> Iterator[None]:
         raise
 
 
-def write_new(path: Path, data: bytes) -> str:
-    """Write a file that was not there and sync it; returns the SHA-256 of *data*.
+def write_new(path: Path, *data: bytes | memoryview) -> str:
+    """Write a file that was not there and sync it; returns the SHA-256 of all the *data*.
 
     Raises:
         OSError: with ``filename`` set; FileExistsError when the file is there.
     """
     digest = hashlib.sha256()
-    view = memoryview(data)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with naming(path), _descriptor(path, flags) as descriptor:
-        for start in range(0, len(view), CHUNK):
-            # Hashed while it is warm: one pass over memory for both.
-            chunk = view[start : start + CHUNK]
-            digest.update(chunk)
-            while chunk:
-                chunk = chunk[os.write(descriptor, chunk) :]
+        for piece in data:
+            view = memoryview(piece)
+            for start in range(0, len(view), CHUNK):
+                # Hashed while it is warm: one pass over memory for both.
+                chunk = view[start : start + CHUNK]
+                digest.update(chunk)
+                while chunk:
+                    chunk = chunk[os.write(descriptor, chunk) :]
         os.fsync(descriptor)
     return digest.hexdigest()
 
@@ -151,7 +152,11 @@ def make_folder(folder: Path) -> None:
         if folder.is_dir():
             return
         make_folder(folder.parent)
-        os.mkdir(folder)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:  # another process made it meanwhile, or it is a file
+            if not folder.is_dir():
+                raise
     sync_folder(folder.parent)
 
 

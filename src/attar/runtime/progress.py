@@ -43,7 +43,7 @@ class Bar(Closing):
             self._bar.start()
         return self
 
-    def watch(self, done: int, loss: float) -> None:
+    def watch(self, done: int, loss: float | None = None) -> None:
         """Show how far a stage is; called after each step, draws ten times a second."""
         if self._bar is None:
             return
@@ -51,7 +51,7 @@ class Bar(Closing):
         if now < self._next and done < self._total:
             return
         self._next = now + REDRAW_SECONDS
-        numbers = f"loss {loss:.4g}{self._metric}"
+        numbers = "" if loss is None else f"loss {loss:.4g}{self._metric}"
         self._bar.update(self._row, completed=done, numbers=numbers)
 
     def note(self, metric: str, value: float) -> None:

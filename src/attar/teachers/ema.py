@@ -92,9 +92,16 @@ class EMA(Teacher):
             tensor.copy_(theirs[name])
         self.steps = int(state["steps"])
 
-    def fingerprint(self) -> str:
+    def settings(self) -> str:
         """What it is made of beside its state: the student is what it learns from."""
         return f"EMA of the student, momentum {self.momentum}"
+
+    def fingerprint(self) -> dict[str, str]:
+        """Refused: what it answers now it will not answer after the next step."""
+        raise UsageError(
+            "an average of the student moves with every step, so its answers cannot be kept; ask "
+            "it as it goes"
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

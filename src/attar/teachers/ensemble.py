@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from attar.runtime import PreflightError, UsageError, resolve_device, suggest, to_device
 from attar.tasks import MultiLabelClassification, Regression, Task
 from attar.tasks.classification import Classification
+from attar.teachers.fingerprint import fingerprint_or_refuse
+from attar.teachers.fingerprint import joined as joined_prints
 from attar.teachers.live import Teacher
 from attar.teachers.projection import Projected
 from attar.teachers.weighting import (
@@ -232,6 +235,11 @@ class Ensemble:
     def settings(self) -> dict[str, Any]:
         """What the answer depends on beside the members, as JSON."""
         return {"weighting": self.weighting, "temperature": self.temperature}
+
+    def fingerprint(self) -> dict[str, str]:
+        """What its answers depend on: the members', in order, and how they are combined."""
+        told = [fingerprint_or_refuse(each, f"member {k}") for k, each in enumerate(self.members)]
+        return {**joined_prints(told), "combined": json.dumps(self.settings(), sort_keys=True)}
 
     def _each(self, method: str, *args: Any) -> None:
         for member in self.members:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attar.runtime import PreflightError, autocast, modes_of, restore_modes
 from attar.signals import Hearing
 from attar.tasks import Task
+from attar.teachers.fingerprint import fingerprint_of
 
 
 class Teacher:
@@ -70,6 +71,10 @@ class Teacher:
                 f"the teacher changed while it was teaching: {moved[0]} was written to; "
                 "give the student its own copy of whatever they share"
             )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What its answers depend on, to tell kept ones apart: model, weights, precision, task."""
+        return fingerprint_of(self.model, self.task, self.precision)
 
     def close(self) -> None:
         """Take the hooks away and put modes and device back."""

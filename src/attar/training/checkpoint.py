@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,9 @@ from attar.runtime import (
     Snapshot,
     Snapshots,
     Stop,
+    described,
 )
+from attar.teachers import Function
 from attar.training.plan import Plan
 from attar.training.state import Session, give_back, taken, tensors_of
 from attar.training.term import Term
@@ -228,40 +229,27 @@ def made_with(
     }
 
 
-def described(value: Any) -> Any:
-    """A value of a plan as JSON: functions by their names, options by theirs."""
-    if isinstance(value, partial):
-        options = {name: described(option) for name, option in value.keywords.items()}
-        return {"name": described(value.func), **options}
-    if isinstance(value, Term):
-        return {f.name: described(getattr(value, f.name)) for f in fields(Term)}
-    if isinstance(value, list | tuple):
-        return [described(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 def shapes_digest(module: nn.Module) -> str:
     """SHA-256 over the names, shapes and types of a module's tensors."""
     lines = [f"{n} {list(t.shape)} {t.dtype}" for n, t in tensors_of(module).items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def teacher_digest(teacher: Any) -> str | None:
+def teacher_digest(teacher: Any) -> Any:
     """SHA-256 over everything a teacher knows; its own word where it is no module."""
+    teacher = getattr(teacher, "teacher", teacher)  # the one behind a cache that is filled
     if teacher is None:
         return None
-    if hasattr(teacher, "fingerprint"):
-        return teacher.fingerprint()
     if hasattr(teacher, "members"):
         known = [teacher.settings(), *(teacher_digest(member) for member in teacher.members)]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    if hasattr(teacher, "settings"):
+        return teacher.settings()
     model = getattr(teacher, "model", None)
     if not isinstance(model, nn.Module):
-        return type(teacher).__name__
-    return digest_of(tensors_of(model))
+        return teacher.fingerprint() if hasattr(teacher, "fingerprint") else type(teacher).__name__
+    versions = [part.version or "" for part in model.modules() if isinstance(part, Function)]
+    return "-".join([digest_of(tensors_of(model)), *versions])
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -29,6 +29,10 @@ class Plan:
         clip: largest norm of the whole gradient.
         average: decay of a moving average of the weights, which then are the result.
         augment: functions of ``attar.data``, in order; keyed by seed, epoch and example.
+        views: how many augmented versions of each example there are, the same for every seed;
+            new ones in every epoch when left out.
+        shuffle_block: shuffle blocks of so many examples, and the examples of some blocks at a
+            time, where data or a teacher's cache do not fit in memory; all at once when left out.
         keep: ``best`` epoch by validation, or the ``last``.
         seed: of order, augmentation and dropout.
         device: ``auto``, ``cpu``, ``cuda``, ...
@@ -61,6 +65,8 @@ class Plan:
     clip: Annotated[float, Gt(0)] | None = None
     average: Annotated[float, Interval(gt=0, lt=1)] | None = None
     augment: Sequence[Augmentation] = ()
+    views: Annotated[int, Ge(1)] | None = None
+    shuffle_block: Annotated[int, Ge(1)] | None = None
     keep: Literal["best", "last"] = "best"
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     device: str = "auto"

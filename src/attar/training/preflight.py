@@ -196,7 +196,7 @@ def check_smallest_batch(
     restore_modes(modes)
     try:
         with torch.no_grad():
-            task.forward(trial, {k: v[:1] for k, v in batch.items()})
+            task.forward(trial, {k: v[:1] if v.ndim else v for k, v in batch.items()})
     except ValueError as error:
         raise PreflightError(
             f"with batch_size {plan.batch_size} and {ranks} rank{'s' * (ranks > 1)}, a batch of "

@@ -140,6 +140,8 @@ def _prepared(
     ):
         try:
             student.to(device)
+            if hasattr(teacher, "check_source"):
+                teacher.check_source(data, views=plan.views, augment=plan.augment)
             batch = to_device(next(iter(_batches(data, plan, ranks, 0, 0))), device)
             _try_models(student, teacher, task, batch)
             with Objective(
@@ -251,10 +253,14 @@ def _try_models(student: nn.Module, teacher: Any, task: Task, batch: dict[str, T
 def _batches(
     data: Any, plan: Plan, ranks: Ranks, epoch: int, start: int
 ) -> Iterable[dict[str, Tensor]]:
-    """A plain call where there is one rank: a source of one's own need know no other."""
+    """A plain call where nothing else is wanted: a source of one's own need know no other."""
     more: dict[str, Any] = {"start": start} if start else {}
     if ranks.world > 1:
         more["part"] = (ranks.rank, ranks.world)
+    if plan.views is not None:
+        more["views"] = plan.views
+    if plan.shuffle_block is not None:
+        more["block"] = plan.shuffle_block
     return data.epoch(
         epoch, batch_size=plan.batch_size, seed=plan.seed, augment=plan.augment, **more
     )

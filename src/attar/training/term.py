@@ -297,9 +297,9 @@ def _gathered(signals: dict[str, Any], addresses: Addresses) -> Any:
 
 
 def _mapped(function: Callable[[Tensor], Tensor], signal: Signal) -> Signal:
-    if isinstance(signal, Tensor):
-        return function(signal)
-    return tuple(function(part) for part in signal)
+    if isinstance(signal, tuple):
+        return tuple(function(part) for part in signal)
+    return function(signal)  # a tensor, or what stands for one
 
 
 def _masked(signal: Signal, mask: Tensor) -> Signal:
