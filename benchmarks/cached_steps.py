@@ -9,7 +9,8 @@ documentation would: torchdistill handed batches that are ready, the trainers wi
 
 Goals: at most 1.7 of the bare pass for the net and 1.15 for the convolutional one; at least 2.5
 times as fast as torchdistill, and 4 times as fast as the Hugging Face and the Lightning trainer, on
-the net. On the other, where the arithmetic is nearly all, they were left out. The student taught by the cache is that of the live teacher, to rounding.
+the net. On the other, where the arithmetic is nearly all, they were left out. The student taught
+by the cache is that of the live teacher, to rounding.
 
     python benchmarks/cached_steps.py [--check] [--json FILE] [--quick]
 """
