@@ -41,6 +41,7 @@ bench: .venv-bench/.done
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/loop.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/features.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/taps.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/cached_steps.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/cache.py --check
 
 conformance: .venv-conformance/.done
