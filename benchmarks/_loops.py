@@ -165,16 +165,24 @@ class Own(attar.data.TensorSource):
 
 
 def attar_distill(
-    problem: Problem, gate: Gate, *, source: Callable[[Problem, Gate], Any] = Ready
+    problem: Problem,
+    gate: Gate,
+    *,
+    source: Callable[[Problem, Gate], Any] = Ready,
+    cache: Path | None = None,
 ) -> nn.Module:
-    """With a run folder for its log, validation every epoch and the guard."""
+    """With a run folder for its log, validation every epoch and the guard.
+
+    Where there is a *cache*, it is asked and not the teacher.
+    """
     student, teacher = problem.models()
     task = attar.tasks.ImageClassification()
+    asked = attar.Teacher(teacher, task) if cache is None else attar.Cached(cache)
     kl = partial(attar.losses.kl_divergence, temperature=TEMPERATURE)
     with tempfile.TemporaryDirectory() as folder:
         return attar.distill(
             student,
-            attar.Teacher(teacher, task),
+            asked,
             source(problem, gate),
             task,
             [attar.Term(kl, weight=SOFT)],

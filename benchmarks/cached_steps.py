@@ -2,9 +2,9 @@
 
 Two students of 28 x 28 images, at batch 128: a net 784-128-10 beside a teacher 784-512-512-10, and
 a small convolutional net beside a larger one. A step of attar takes its rows from memory in an
-order of its own, the teacher's logits from a cache on disk, and ends with the optimiser's step; it
-has its guard on. The bare student is its forward and backward pass alone, on batches that are
-ready. The others ask the teacher at each step, as they have no cache, and are run as their own
+order of its own, the teacher's logits from a cache on disk, and ends with the optimiser's step; its
+guard and its log are on. The bare student is its forward and backward pass alone, on batches that
+are ready. The others ask the teacher at each step, as they have no cache, and are run as their own
 documentation would: torchdistill handed batches that are ready, the trainers with their loaders.
 
 Goals: at most 1.7 of the bare pass for the net and 1.15 for the convolutional one; at least 2.5
@@ -29,15 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _loops import (
-    HARD,
-    LEARNING_RATE,
-    MOMENTUM,
     POOL,
-    SOFT,
-    TEMPERATURE,
     Loop,
     Own,
     Problem,
+    attar_distill,
     hand_slicing,
     hugging_face_loop,
     kd_loss,
@@ -130,29 +126,6 @@ def by_hand(problem: Problem, gate: Gate) -> nn.Module:
     return student
 
 
-def cached(problem: Problem, gate: Gate, *, folder: Path, live: bool = False) -> nn.Module:
-    """attar with its guard and its own batching, its teacher in *folder*."""
-    student, teacher = problem.models()
-    task = attar.tasks.ImageClassification()
-    kl = partial(attar.losses.kl_divergence, temperature=TEMPERATURE)
-    asked = attar.Teacher(teacher, task) if live else attar.Cached(folder)
-    return attar.distill(
-        student,
-        asked,
-        Own(problem, gate),
-        task,
-        [attar.Term(kl, weight=SOFT)],
-        label_weight=HARD,
-        epochs=problem.steps // POOL,
-        batch_size=problem.batch,
-        optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM),
-        schedule=attar.training.constant,
-        keep="last",
-        device="cpu",
-        progress=False,
-    )
-
-
 def fill(problem: Problem, folder: Path) -> Path:
     """Ask the teacher about every row."""
     task = attar.tasks.ImageClassification()
@@ -199,8 +172,8 @@ def verify(problem: Problem, folder: Path) -> None:
     """The cache teaches what the live teacher does."""
     short = replace(problem, steps=2 * POOL)
     loops = {
-        OURS: partial(cached, short, folder=folder),
-        LIVE: partial(cached, short, folder=folder, live=True),
+        OURS: partial(attar_distill, short, source=Own, cache=folder),
+        LIVE: partial(attar_distill, short, source=Own),
     }
     students, _ = interleave(loops, 0)
     for own, other in zip(students[OURS].parameters(), students[LIVE].parameters(), strict=True):
@@ -217,8 +190,8 @@ def measure(
         BARE: bare,
         AGAIN: bare,
         HAND: by_hand,
-        OURS: partial(cached, folder=folder),
-        LIVE: partial(cached, folder=folder, live=True),
+        OURS: partial(attar_distill, source=Own, cache=folder),
+        LIVE: partial(attar_distill, source=Own),
         "by hand, live": hand_slicing,
         **peers,
     }

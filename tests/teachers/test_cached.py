@@ -22,6 +22,7 @@ from attar.teachers import (
     cache,
     compare_again,
     inspect_cache,
+    join,
     verify_cache,
 )
 
@@ -395,3 +396,36 @@ def test_views_are_no_row_of_the_batch_that_a_net_without_statistics_is_tried_wi
     # 70 rows in batches of 23: the last has one.
     attar.distill(plain, filling, data, task, [attar.Term(mse)], batch_size=23, epochs=1, **options)
     assert sorted(teacher.asked) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_stage_uses_is_compared_before_the_first_answer_is_kept(
+    teacher, data, task, tmp_path, there
+):
+    if there:
+        learnt(Filling(teacher, data, root=tmp_path), data, task)
+    teacher.asked.clear()
+    for other, options, said in (
+        (data, {"augment": [crop]}, "every epoch has new pixels"),
+        (data, {"augment": [crop], "views": 2}, "augment is .*crop.*and was"),
+        (images(seed=1), {}, r"data\.sha256 is"),
+    ):
+        with pytest.raises(PreflightError, match=said):
+            learnt(Filling(teacher, data, root=tmp_path), other, task, **options)
+    assert not teacher.asked
+
+
+def test_folders_that_keep_the_last_layer_are_joined_with_it(data, task, tmp_path):
+    live = Teacher(attar.models.build("mlp", data=data), task)
+    cache(live, data, task, into=tmp_path / "c", keep=Keep(head=True))
+    join(tmp_path / "both", [tmp_path / "c"])
+    batch = data.rows(torch.arange(ROWS))
+    told = Cached(tmp_path / "both").open([LOGITS])(batch)[LOGITS]
+    assert torch.equal(told, Cached(tmp_path / "c")(batch)[LOGITS])
+
+
+def test_a_folder_of_another_teacher_is_not_joined_and_the_field_is_named(data, task, tmp_path):
+    for seed in (1, 2):
+        cache(Teacher(net(seed=seed), task), data, task, into=tmp_path / str(seed))
+    with pytest.raises(DataError, match=r"asked\.teacher\.weights is"):
+        join(tmp_path / "both", [tmp_path / "1", tmp_path / "2"])

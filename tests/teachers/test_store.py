@@ -733,7 +733,7 @@ def test_folders_of_other_caches_are_not_joined(tmp_path: Path) -> None:
     one = cache(tmp_path / "one", "w", range(10))
     two = cache(tmp_path / "two", "w", range(10, 20), asked={"teacher": 8})
     for into in (tmp_path / "into", one):
-        with pytest.raises(DataError, match=r"'asked' differs in their about\.json"):
+        with pytest.raises(DataError, match=r"asked\.teacher is 8, and was 7"):
             join(into, [two] if into == one else [one, two])
     assert not (tmp_path / "into").exists()
     assert opened(one).filled == 10
@@ -749,7 +749,7 @@ def test_what_cannot_be_joined_is_said(tmp_path: Path, unsealed: Path) -> None:
     with pytest.raises(UsageError, match="other folders"):
         join(one, [])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: is no cache: it has no about\.json"):
+    with pytest.raises(DataError, match=r"empty: is no teacher's cache: it has no about\.json"):
         join(one, [tmp_path / "empty"])
     (tmp_path / "empty" / "about.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"about\.json: is not the description"):

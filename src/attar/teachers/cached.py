@@ -26,9 +26,9 @@ from attar.runtime import (
     PreflightError,
     RunExistsError,
     described,
-    read_json,
     write_json,
 )
+from attar.teachers.about import ABOUT, MADE, difference, read_about
 from attar.teachers.columns import (
     CONTENT,
     AnyColumn,
@@ -38,9 +38,9 @@ from attar.teachers.columns import (
     head_column,
     read_column,
 )
+from attar.teachers.fingerprint import fingerprint_or_refuse
 from attar.teachers.store import Field, Store
 
-ABOUT = "about.json"
 VERSION = 1
 Batch = dict[str, Tensor]
 
@@ -59,13 +59,8 @@ def asked_of(
     keep: Keep,
 ) -> dict[str, Any]:
     """Who was asked what, as JSON: all that must be the same for an answer to be the same."""
-    if not hasattr(teacher, "fingerprint"):
-        raise PreflightError(
-            f"a cache needs to know its teacher again, and {type(teacher).__name__} has no "
-            "fingerprint(); give it one: {name: value} of all that its answers depend on"
-        )
     return {
-        "teacher": teacher.fingerprint(),
+        "teacher": fingerprint_or_refuse(teacher, "the teacher"),
         "data": {"rows": len(data), "sha256": data.fingerprint()},
         "augment": described(list(augment)),
         "views": views or 1,
@@ -130,7 +125,7 @@ class Cached:
 
     def check_teacher(self, teacher: Any) -> None:
         """Refuse another teacher than the one who was asked; the error names the field."""
-        if found := _difference(self.asked["teacher"], teacher.fingerprint(), "teacher"):
+        if found := difference(self.asked["teacher"], teacher.fingerprint(), "teacher"):
             raise PreflightError(f"{self.folder}: was made with another teacher: {found}")
 
     @property
@@ -171,8 +166,8 @@ class Cached:
             "augment": described(list(augment)),
             "views": views or 1,
         }
-        if found := _difference({name: self.asked[name] for name in given}, given):
-            raise PreflightError(f"{self.folder}: was made for other data: {found}")
+        if found := difference({name: self.asked[name] for name in given}, given):
+            raise PreflightError(f"{self.folder}: is for other data: {found}")
         self._check_rows(data, augment)
 
     def _check_rows(self, data: Any, augment: Sequence[Augmentation]) -> None:
@@ -277,7 +272,7 @@ class Filling(Cached):
     def _join(self) -> None:
         """Go on with a folder that is there."""
         asked, self._columns = _read_about(self.folder)
-        if found := _difference(asked, self.asked):
+        if found := difference(asked, self.asked):
             raise PreflightError(f"{self.folder}: is the cache of something else: {found}")
         self._open_store(self._writer)
 
@@ -313,11 +308,9 @@ class Filling(Cached):
         finally:
             self.teacher.close()
 
-    def check_source(
-        self, data: Any, *, views: int | None, augment: Sequence[Augmentation]
-    ) -> None:
-        if self._store is not None:
-            super().check_source(data, views=views, augment=augment)
+    def _check_rows(self, data: Any, augment: Sequence[Augmentation]) -> None:
+        if self._store is not None:  # else there is no row yet
+            super()._check_rows(data, augment)
 
     def _ask(self, batch: Batch, slots: Slots) -> None:
         missing = np.ones(len(slots), dtype=bool)
@@ -407,16 +400,14 @@ def _write_about(folder: Path, asked: Any, columns: Mapping[str, AnyColumn]) -> 
             "version": VERSION,
             "asked": asked,
             "signals": {address: column.to_json() for address, column in columns.items()},
-            "made": made,
+            MADE: made,
         },
     )
 
 
 def _read_about(folder: Path) -> tuple[dict[str, Any], dict[str, AnyColumn]]:
-    if not (folder / ABOUT).exists():
-        raise DataError(f"{folder}: is no teacher's cache: it has no {ABOUT}")
-    told = read_json(folder / ABOUT)
-    if not isinstance(told, dict) or told.get("format") != "attar-cache":
+    told = read_about(folder)
+    if told.get("format") != "attar-cache":
         raise DataError(f"{folder}: is no teacher's cache")
     if told.get("version") != VERSION:
         raise DataError(
@@ -430,16 +421,3 @@ def _read_about(folder: Path) -> tuple[dict[str, Any], dict[str, AnyColumn]]:
             if all(type(size) is int and size > 0 for size in sizes):
                 return asked, {a: read_column(a, f, folder) for a, f in sorted(signals.items())}
     raise DataError(f"{folder / ABOUT}: does not say what was asked; make the cache anew")
-
-
-def _difference(known: Any, now: Any, where: str = "") -> str | None:
-    """The first field in which two answers to "who was asked what" differ, in words."""
-    if isinstance(known, dict) and isinstance(now, dict):
-        for name in sorted(known.keys() | now.keys()):
-            path = f"{where}.{name}" if where else name
-            if found := _difference(known.get(name), now.get(name), path):
-                return found
-        return None
-    if known == now:
-        return None
-    return f"{where} is {str(now)[:80]}, and was {str(known)[:80]}"

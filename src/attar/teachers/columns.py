@@ -20,13 +20,13 @@ from torch.nn.functional import linear
 
 from attar.losses import TopK
 from attar.runtime import DataError, PreflightError, write_atomic
+from attar.teachers.about import HEAD
 from attar.teachers.codec import Kind, TopLogits
 from attar.teachers.store import Field
 
 Slots = NDArray[np.int64]
 Arrays = Mapping[str, NDArray[Any]]
 
-HEAD = "head.safetensors"
 CONTENT = Field("content", "int64", ())
 
 

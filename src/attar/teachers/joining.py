@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from attar.runtime import DataError, UsageError
 from attar.runtime.files import (
@@ -23,12 +22,10 @@ from attar.runtime.files import (
     write_atomic,
     write_new,
 )
-from attar.teachers.manifest import ABOUT, Entry, Manifest, read_manifest, survey, writer_of
+from attar.teachers.about import ABOUT, HEAD, MADE, difference, read_about
+from attar.teachers.manifest import Entry, Manifest, read_manifest, survey, writer_of
 from attar.teachers.part import locked
 from attar.teachers.shard import check_plain
-
-_MOST_BYTES = 1 << 24  # of about.json
-_MADE = "made"  # by whom and when: no matter
 
 
 def join(into: str | Path, parts: Sequence[str | Path]) -> None:
@@ -49,47 +46,27 @@ def join(into: str | Path, parts: Sequence[str | Path]) -> None:
     target, folders = Path(into), [Path(part) for part in parts]
     if not folders or target.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"{target}: give one or more other folders to bring into this one")
-    told = {folder: _about(folder) for folder in folders}
+    told = {folder: read_about(folder) for folder in folders}
     first = target if (target / ABOUT).exists() else folders[0]
-    known = _about(first)
+    known = read_about(first)
     for folder, about in told.items():
-        if name := _differing(known, about):
+        if found := difference({**known, MADE: None}, {**about, MADE: None}):
             raise DataError(
-                f"{folder}: is not the same cache as {first}: {name!r} differs in their {ABOUT}; "
-                "join caches of one teacher, data and form"
+                f"{folder}: is not the same cache as {first}: {found}; join caches of one teacher, "
+                "data and form"
             )
         _check_sealed(folder)
     make_folder(target)
     if first is not target:
+        if (first / HEAD).exists():
+            check_plain(first / HEAD)
+            write_atomic(target / HEAD, (first / HEAD).read_bytes())
         write_atomic(target / ABOUT, (json.dumps(known, indent=2) + "\n").encode())
     for folder in folders:
         writers, _ = survey(folder)
         lists = [(read_manifest(folder, writer), writer) for writer in sorted(writers)]
         for manifest, writer in sorted(lists, key=lambda pair: pair[0].order):
             _adopt(target, folder, writer, manifest)
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    path = folder / ABOUT
-    try:
-        check_plain(path)
-        with naming(path), reading(path) as descriptor:
-            data = os.pread(descriptor, _MOST_BYTES + 1, 0)
-        told = json.loads(data) if len(data) <= _MOST_BYTES else None
-    except FileNotFoundError:
-        raise DataError(f"{folder}: is no cache: it has no {ABOUT}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        told = None
-    if not isinstance(told, dict):
-        raise DataError(f"{path}: is not the description of a cache; restore it from a copy")
-    return told
-
-
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    names = sorted((one.keys() | other.keys()) - {_MADE})
-    return next((n for n in names if n not in one or n not in other or one[n] != other[n]), None)
 
 
 def _check_sealed(folder: Path) -> None:

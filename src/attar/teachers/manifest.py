@@ -12,9 +12,8 @@ from typing import Any
 
 from attar.runtime import DataError, UsageError
 from attar.runtime.files import naming, reading
+from attar.teachers.about import ABOUT
 from attar.teachers.shard import check_plain
-
-ABOUT = "about.json"  # of the whole cache, and not a writer's
 
 _MOST_BYTES = 1 << 24
 _WRITER = "[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?"

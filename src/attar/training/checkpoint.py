@@ -26,7 +26,7 @@ from attar.runtime import (
     Stop,
     described,
 )
-from attar.teachers import Function
+from attar.teachers import Filling, Function
 from attar.training.plan import Plan
 from attar.training.state import Session, give_back, taken, tensors_of
 from attar.training.term import Term
@@ -237,7 +237,8 @@ def shapes_digest(module: nn.Module) -> str:
 
 def teacher_digest(teacher: Any) -> Any:
     """SHA-256 over everything a teacher knows; its own word where it is no module."""
-    teacher = getattr(teacher, "teacher", teacher)  # the one behind a cache that is filled
+    if isinstance(teacher, Filling):
+        teacher = teacher.teacher
     if teacher is None:
         return None
     if hasattr(teacher, "members"):

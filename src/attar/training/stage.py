@@ -135,13 +135,11 @@ def _prepared(
     on_purpose = [part for part, mode in modes if modes[0][1] and not mode]
     with (
         generators_seeded(_seed(plan, ranks), device),
-        _opened(teacher, asked, device),
+        _opened(teacher, asked, device, data, plan),
         freezing(student, plan) as still,
     ):
         try:
             student.to(device)
-            if hasattr(teacher, "check_source"):
-                teacher.check_source(data, views=plan.views, augment=plan.augment)
             batch = to_device(next(iter(_batches(data, plan, ranks, 0, 0))), device)
             _try_models(student, teacher, task, batch)
             with Objective(
@@ -230,12 +228,16 @@ def _told(teacher: Any, asked: list[str], batch: dict[str, Tensor]) -> dict[str,
 
 
 @contextmanager
-def _opened(teacher: Any, asked: list[str], device: torch.device) -> Iterator[None]:
+def _opened(
+    teacher: Any, asked: list[str], device: torch.device, data: Any, plan: Plan
+) -> Iterator[None]:
     if teacher is None:
         yield
         return
     try:
         teacher.open(asked, device)
+        if hasattr(teacher, "check_source"):
+            teacher.check_source(data, views=plan.views, augment=plan.augment)
         yield
     finally:
         teacher.close()
