@@ -43,6 +43,7 @@ bench: .venv-bench/.done
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/taps.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/cached_steps.py --check
 	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/cache.py --check
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/vocabulary_loss.py --check
 
 conformance: .venv-conformance/.done
 	OMP_NUM_THREADS=1 .venv-conformance/bin/python benchmarks/conformance.py --check
@@ -72,7 +73,7 @@ $(VENV)/.dev: $(VENV)/.core
 	    .venv-bench/bin/python -m pip install "torch==$(TORCH)"
 	.venv-bench/bin/python -m pip install --quiet $(CONSTRAINTS) --requirement requirements/bench.txt --editable .
 	.venv-bench/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 mlxtend==0.25.0 \
-	    mosaicml-streaming==0.13.0
+	    mosaicml-streaming==0.13.0 trl==1.16.0 liger-kernel==0.8.5 torchtune==0.6.1
 	touch $@
 
 # Nothing here may bring torchvision, torchaudio or another build of torch.

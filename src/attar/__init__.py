@@ -35,6 +35,7 @@ _ROOMS = {
     "fit": "training",
     "mutual": "training",
     "run": "recipes",
+    "synthesize": "teachers",
     "train": "training",
 }
 _OPEN = {

@@ -238,6 +238,16 @@ class TestJensenShannon:
             value = jensen_shannon(student, teacher, beta=beta) / min(beta, 1 - beta)
             torch.testing.assert_close(value, plain(student, teacher), rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize(("beta", "plain"), [(1e-8, plain_kl), (1 - 1e-8, reverse_kl)])
+    def test_normalised_it_runs_from_one_kl_to_the_other(
+        self, beta: float, plain: Callable[..., Tensor]
+    ) -> None:
+        student, teacher = pair()
+        value = jensen_shannon(student, teacher, beta=beta, normalized=True)
+        torch.testing.assert_close(value, plain(student, teacher), rtol=1e-4, atol=1e-6)
+        middle = jensen_shannon(student, teacher, temperature=2.0, normalized=True)
+        torch.testing.assert_close(middle, 4 * jensen_shannon(student, teacher, temperature=2.0))
+
     def test_padded_vocabulary_is_as_if_cut_off_where_others_are_not_a_number(
         self, oracle: Any
     ) -> None:

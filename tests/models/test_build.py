@@ -51,10 +51,9 @@ class Own(nn.Module):
 
 
 def test_families_are_the_rooms_functions():
-    assert models.families() == {
-        name: getattr(models, name)
-        for name in ("mlp", "mobilenet", "pretrained", "resnet", "timm", "transformers", "vit")
-    }
+    images = ("mlp", "mobilenet", "pretrained", "resnet", "timm", "transformers", "vit")
+    texts = ("bilstm", "language_model", "pretrained_language_model")
+    assert models.families() == {name: getattr(models, name) for name in (*images, *texts)}
     assert models.__all__ == sorted(models.__all__)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import attar
 from attar.runtime import UsageError
-from attar.teachers import Projected, adapted, project, renamed
+from attar.teachers import Carried, adapted, project, renamed
 
 TASK = attar.tasks.ImageClassification(classes=("a", "b"))
 
@@ -79,7 +79,7 @@ def test_a_teacher_may_be_narrow_and_give_its_logits_in_an_object(dtype: torch.d
 
 def test_what_gives_no_logits_is_refused() -> None:
     with pytest.raises(UsageError, match=r"gives a Tensor, and what is projected are logits"):
-        Projected(nn.Identity(), torch.eye(2))(torch.randn(3, 1, 2, 2))
+        Carried(nn.Identity(), torch.eye(2))(torch.randn(3, 1, 2, 2))
 
 
 def test_answers_are_distributions_also_of_extreme_logits() -> None:
@@ -137,11 +137,11 @@ def test_unlabelled_data_cannot_teach_the_projection() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_fitted_to_what_the_model_was_built_for(channels: int) -> None:
     model = attar.models.build("mlp", shape=(channels, 6, 6), outputs=4, widths=[3]).eval()
-    found = Projected(model, torch.full((4, 2), 0.5), shape=(channels, 6, 6)).eval()
+    found = Carried(model, torch.full((4, 2), 0.5), shape=(channels, 6, 6)).eval()
     for theirs in (1, 3):
         assert found(torch.rand(2, theirs, 9, 12)).shape == (2, 2)
     same = torch.rand(2, channels, 6, 6)
-    table = Projected(model, torch.eye(4), shape=(channels, 6, 6))
+    table = Carried(model, torch.eye(4), shape=(channels, 6, 6))
     torch.testing.assert_close(table(same), model(same).log_softmax(1))
     other = torch.rand(2, 4 - channels, 6, 6)
     seen = other.mean(1, keepdim=True).expand(-1, channels, -1, -1)

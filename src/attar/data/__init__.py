@@ -9,9 +9,12 @@ from attar.data.fashion_mnist import fashion_mnist
 from attar.data.garments import garments
 from attar.data.huggingface import dataset
 from attar.data.images import images
+from attar.data.sentences import SentenceSource, sentences
 from attar.data.source import Source, Subset, TensorSource
 from attar.data.splits import Data, Splits, ThreeSplits, split
 from attar.data.tables import csv
+from attar.data.text import TextSource, text
+from attar.data.text_files import documents, texts
 from attar.data.types import Augmentation, Batch
 from attar.data.yeast import yeast
 
@@ -21,22 +24,28 @@ __all__ = [
     "Data",
     "DatasetSource",
     "Draw",
+    "SentenceSource",
     "Source",
     "Splits",
     "Subset",
     "TensorSource",
+    "TextSource",
     "ThreeSplits",
     "crop",
     "csv",
     "cutmix",
     "dataset",
     "digits",
+    "documents",
     "fashion_mnist",
     "flip",
     "garments",
     "images",
     "mixup",
+    "sentences",
     "split",
     "tensors",
+    "text",
+    "texts",
     "yeast",
 ]

@@ -38,6 +38,8 @@ class Source(ABC):
         The names of the classes, in order; None for regression or when unknown.
     shape:
         The shape of one input, images channels first.
+    vocabulary:
+        How many token ids there are, for text; None for anything else.
     workers:
         How many processes read ahead in ``epoch`` and ``batches``; 0 reads where it is asked.
         The batches are the same.
@@ -46,6 +48,7 @@ class Source(ABC):
     name: str
     classes: tuple[str, ...] | None
     shape: tuple[int, ...]
+    vocabulary: int | None = None
     workers: int = 0
     _fingerprint: str | None = None
 
@@ -66,7 +69,9 @@ class Source(ABC):
 
     @property
     def outputs(self) -> int | None:
-        """How many numbers a model must give: the classes, or the columns of the labels."""
+        """How many numbers a model must give: classes, tokens, or the columns of the labels."""
+        if self.vocabulary is not None:
+            return self.vocabulary
         if self.classes is not None:
             return len(self.classes)
         labels = self.labels
@@ -254,6 +259,7 @@ class Subset(Source):
         self.name = name or source.name
         self.classes = source.classes
         self.shape = source.shape
+        self.vocabulary = source.vocabulary
         self.workers = source.workers
         self._source = source
         row_numbers(source, ids)

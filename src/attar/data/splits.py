@@ -47,9 +47,10 @@ def split(source: Source, fraction: float, *, seed: int = 0) -> tuple[Source, So
 
     Stratified when the labels are class numbers: a class of n rows gives ``fraction * n`` rows,
     rounded down or up so that the whole part has the size asked for (largest remainders first),
-    but never its last row. Any other labels are not looked at: multi-label rows and regression are
-    split at random, so a label with few examples may come out uneven. Which rows is a function of
-    (seed, labels) alone. Both parts keep the source's order and number their rows from 0.
+    but never its last row. Any other labels are not looked at: multi-label rows, regression and
+    text are split at random, so a label with few examples may come out uneven. Which rows is a
+    function of (seed, labels) alone. Both parts keep the source's order and number their rows
+    from 0.
 
     >>> from attar.data import TensorSource
     >>> source = TensorSource(torch.arange(10.0), torch.tensor([0, 1] * 5), classes=2)
@@ -65,7 +66,8 @@ def split(source: Source, fraction: float, *, seed: int = 0) -> tuple[Source, So
         A part without rows.
     """
     labels = source.labels
-    classes = None if labels is None or labels.is_floating_point() else labels.numpy()
+    numbered = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+    classes = labels.numpy() if labels is not None and numbered else None
     rest, part = strata(classes, len(source), fraction, seed=seed, name=source.name)
     return _subset(source, rest), _subset(source, part)
 

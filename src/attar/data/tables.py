@@ -27,10 +27,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 _YES_OR_NO = {"0": 0, "1": 1, "false": 0, "true": 1}
 _NO_NUMBER = {"na", "n/a", "nan", "null", "none", "?", "-", "inf", "+inf", "-inf"}
 
-_Encoder = Callable[["_Table"], Array]
+_Encoder = Callable[["Table"], Array]
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """The cells of one file, with the line that each row begins on."""
 
     path: str
@@ -45,10 +45,10 @@ class _Table(NamedTuple):
     def at(self, row: int) -> str:
         return f"{self.path}:{self.lines[row]}"
 
-    def part(self, ids: Iterable[int]) -> _Table:
+    def part(self, ids: Iterable[int]) -> Table:
         chosen = list(ids)
         rows, lines = [self.rows[i] for i in chosen], [self.lines[i] for i in chosen]
-        return _Table(self.path, self.names, rows, lines)
+        return Table(self.path, self.names, rows, lines)
 
 
 def csv(
@@ -97,7 +97,7 @@ def csv(
     if regression and target is None:
         raise UsageError("csv: regression needs a target; name the column to predict")
     targets = _named(target)
-    learn, judge = _tables(train, test, targets, regression, seed, test_fraction)
+    learn, judge = read_tables(train, test, targets, regression, seed, test_fraction)
     features = _features(learn, judge, targets)
     classes = _classes(learn, judge, targets) if targets and not regression else None
     encoders = [_encoder(learn, name) for name in features]
@@ -124,17 +124,18 @@ def _named(target: str | Sequence[str] | None) -> tuple[str, ...]:
     return targets
 
 
-def _tables(
+def read_tables(
     train: str,
     test: str | None,
     targets: tuple[str, ...],
     regression: bool,
     seed: int,
     fraction: float,
-) -> tuple[_Table, _Table]:
-    learn = _read(train)
+) -> tuple[Table, Table]:
+    """The training and the test table; the second is split off where there is no file of it."""
+    learn = read_table(train)
     if test is not None:
-        judge = _read(test)
+        judge = read_table(test)
         _check_known(judge, targets)
         if any(name in learn.names for name in targets):
             _check_known(learn, targets)
@@ -147,7 +148,7 @@ def _tables(
     return learn.part(rest), learn.part(part)
 
 
-def _check_known(table: _Table, targets: tuple[str, ...]) -> None:
+def _check_known(table: Table, targets: tuple[str, ...]) -> None:
     for name in targets:
         if name not in table.names:
             raise DataError(
@@ -155,7 +156,7 @@ def _check_known(table: _Table, targets: tuple[str, ...]) -> None:
             )
 
 
-def _features(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[str]:
+def _features(learn: Table, judge: Table, targets: tuple[str, ...]) -> list[str]:
     features = [name for name in learn.names if name not in targets]
     if not features:
         named = f"the target '{targets[0]}'" if len(targets) == 1 else "the targets"
@@ -170,7 +171,8 @@ def _features(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[st
     return features
 
 
-def _read(path: str) -> _Table:
+def read_table(path: str) -> Table:
+    """The cells of a CSV file, plain or gzipped."""
     # The limit is the csv module's own and global, so it is put back for whoever set it.
     limit = reader.field_size_limit(_FIELD_BYTES)
     try:
@@ -185,13 +187,13 @@ def _read(path: str) -> _Table:
         reader.field_size_limit(limit)
 
 
-def _table(path: str, file: Iterable[str]) -> _Table:
+def _table(path: str, file: Iterable[str]) -> Table:
     rows = _numbered(path, file)
     line, header = next(rows, (0, []))
     if not header:
         raise DataError(f"{path}: the file is empty; it needs a header row and data rows")
     names = _header(f"{path}:{line}", header)
-    table = _Table(path, names, [], [])
+    table = Table(path, names, [], [])
     for line, row in rows:
         if len(row) != len(names):
             raise DataError(
@@ -234,7 +236,7 @@ def _header(where: str, header: Sequence[str]) -> list[str]:
     return names
 
 
-def _encoder(learn: _Table, name: str) -> _Encoder:
+def _encoder(learn: Table, name: str) -> _Encoder:
     cells = learn.column(name)
     values = [_number(cell) for cell in cells if cell]
     known = [value for value in values if value is not None]
@@ -253,7 +255,7 @@ def _encoder(learn: _Table, name: str) -> _Encoder:
 
 
 def _numeric(name: str, mean: float) -> _Encoder:
-    def encode(table: _Table) -> Array:
+    def encode(table: Table) -> Array:
         column = [
             _required_number(table, row, name, cell) if cell else mean
             for row, cell in enumerate(table.column(name))
@@ -263,7 +265,7 @@ def _numeric(name: str, mean: float) -> _Encoder:
     return encode
 
 
-def _one_hot(learn: _Table, name: str) -> _Encoder:
+def _one_hot(learn: Table, name: str) -> _Encoder:
     categories = sorted(set(learn.column(name)))
     if len(categories) > _MOST_CLASSES:
         row = next(i for i, cell in enumerate(learn.column(name)) if cell and _number(cell) is None)
@@ -274,7 +276,7 @@ def _one_hot(learn: _Table, name: str) -> _Encoder:
         )
     place = {category: index for index, category in enumerate(categories)}
 
-    def encode(table: _Table) -> Array:
+    def encode(table: Table) -> Array:
         column = np.zeros((len(table.rows), len(categories)), np.float32)
         for row, cell in enumerate(table.column(name)):
             if cell in place:
@@ -284,7 +286,7 @@ def _one_hot(learn: _Table, name: str) -> _Encoder:
     return encode
 
 
-def _classes(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[str]:
+def _classes(learn: Table, judge: Table, targets: tuple[str, ...]) -> list[str]:
     if len(targets) > 1:
         return list(targets)
     target = targets[0]
@@ -304,7 +306,7 @@ def _classes(learn: _Table, judge: _Table, targets: tuple[str, ...]) -> list[str
     return sorted(found, key=lambda name: (int(name) if integers else 0, name))
 
 
-def _labels(table: _Table, targets: tuple[str, ...], classes: list[str] | None) -> Array | None:
+def _labels(table: Table, targets: tuple[str, ...], classes: list[str] | None) -> Array | None:
     if not targets or targets[0] not in table.names:
         return None
     if classes is None:
@@ -314,12 +316,12 @@ def _labels(table: _Table, targets: tuple[str, ...], classes: list[str] | None) 
     return _class_numbers(table, targets[0], classes)
 
 
-def _numbers(table: _Table, target: str) -> Array:
+def _numbers(table: Table, target: str) -> Array:
     cells = enumerate(_targets(table, target))
     return np.array([_required_number(table, row, target, cell) for row, cell in cells], np.float32)
 
 
-def _yes_or_no(table: _Table, target: str) -> Array:
+def _yes_or_no(table: Table, target: str) -> Array:
     cells = _targets(table, target)
     for row, cell in enumerate(cells):
         if cell.lower() not in _YES_OR_NO and _number(cell) not in (0, 1):
@@ -332,7 +334,7 @@ def _yes_or_no(table: _Table, target: str) -> Array:
     return np.array(values, np.uint8)
 
 
-def _class_numbers(table: _Table, target: str, classes: list[str]) -> Array:
+def _class_numbers(table: Table, target: str, classes: list[str]) -> Array:
     cells = _targets(table, target)
     place = {name: index for index, name in enumerate(classes)}
     for row, cell in enumerate(cells):
@@ -344,7 +346,7 @@ def _class_numbers(table: _Table, target: str, classes: list[str]) -> Array:
     return np.array([place[cell] for cell in cells], np.int64)
 
 
-def _targets(table: _Table, target: str) -> list[str]:
+def _targets(table: Table, target: str) -> list[str]:
     cells = table.column(target)
     if "" in cells:
         raise DataError(
@@ -354,7 +356,7 @@ def _targets(table: _Table, target: str) -> list[str]:
     return cells
 
 
-def _required_number(table: _Table, row: int, name: str, cell: str) -> float:
+def _required_number(table: Table, row: int, name: str, cell: str) -> float:
     value = _number(cell)
     if value is None:
         raise DataError(

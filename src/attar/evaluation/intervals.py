@@ -6,9 +6,10 @@ Everything here is paired: models are always compared on the same resample of th
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,12 +86,20 @@ def _resample_any(
     found = np.empty((resamples, len(rows_list)))
     for line in found:
         chosen = torch.from_numpy(draw.integers(examples, size=examples))
-        line[:] = [task.primary(_subset(rows, chosen)) for rows in rows_list]
+        drawn: Any = [_Drawn(rows, chosen) for rows in rows_list]
+        line[:] = [task.primary(rows) for rows in drawn]
     return found
 
 
-def _subset(rows: Rows, chosen: Tensor) -> Rows:
-    return {name: value[chosen] for name, value in rows.items()}
+class _Drawn(UserDict[str, Tensor]):
+    """The chosen rows, taken when they are read: windows of text keep more than a metric reads."""
+
+    def __init__(self, rows: Rows, chosen: Tensor) -> None:
+        super().__init__(rows)
+        self._chosen = chosen
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.data[name][self._chosen]
 
 
 def _length(rows: Rows) -> int:

@@ -1,5 +1,6 @@
 """Losses: plain functions of (student, teacher, what else they name), one value a row."""
 
+import attar.losses.wide as _wide  # noqa: F401  # reachable as attar.losses.wide
 from attar.losses.agreement import correlation, probability_gram
 from attar.losses.attention import (
     attention_transfer,
@@ -36,6 +37,7 @@ from attar.losses.gradient import jacobian_matching, sobolev
 from attar.losses.labelled import decoupled_kl, normalized_kl, target_enhanced_kl, weighted_kl
 from attar.losses.multilabel import label_embeddings, partial_softmax_kl
 from attar.losses.parameter import l1_starting_point, l2_starting_point
+from attar.losses.projected import Projected
 from attar.losses.ranking import margin_mse, ranking_distillation, relaxed_ranking
 from attar.losses.relation import (
     correlation_congruence,
@@ -66,6 +68,7 @@ from attar.losses.stateful import (
 )
 
 __all__ = [
+    "Projected",
     "TopK",
     "absolute_and_cosine",
     "activation_boundary",

@@ -96,17 +96,22 @@ def skewed_kl(
 
 
 def jensen_shannon(
-    student: Tensor, teacher: Tensor | TopK, *, beta: Share = 0.5, temperature: Positive = 1.0
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    beta: Share = 0.5,
+    normalized: bool = False,
+    temperature: Positive = 1.0,
 ) -> Tensor:
     """Jensen-Shannon divergence (JSD), generalised: T² (β KL(p ‖ m) + (1 - β) KL(q ‖ m)).
 
     p = softmax(teacher / T), q = softmax(student / T) and m = β p + (1 - β) q. A small β behaves
     like the forward KL (spread over the teacher's modes), a large one like the reverse (settle on
-    some).
+    some). `normalized` divides it by β (1 - β), so that its size stays the same for every β.
 
     Shapes: student and teacher [N, C] logits; the teacher may be a `TopK` of them. Returns [N], in
-    nats times T², at most the entropy of (β, 1 - β) times T² (log 2 for β = 0.5), whatever either
-    side excludes (logit -inf).
+    nats times T², at most the entropy of (β, 1 - β) times T² (log 2 for β = 0.5), before it is
+    normalised, whatever either side excludes (logit -inf).
 
     Paper: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), ICLR 2024; β = 0.5.
     TRL has T = 0.9 and no T²: weight_ours = weight_theirs / T². At β = 0 and 1 the divergence
@@ -114,7 +119,8 @@ def jensen_shannon(
     `reverse_kl`. DistiLLM's `js_distance` with lam is β = 1 - lam.
 
     Neighbours: JSD / β → `kl_divergence` as β → 0, JSD / (1 - β) → `reverse_kl` as β → 1: the
-    weight must grow as β leaves the middle. `skewed_kl` is one of its two parts.
+    weight must grow as β leaves the middle; `normalized` does that, and then it runs from
+    `kl_divergence` to `reverse_kl`. `skewed_kl` is one of its two parts.
 
     >>> import torch
     >>> jensen_shannon(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 3.0, 1.0]]))
@@ -130,7 +136,8 @@ def jensen_shannon(
     spent = (log_p.exp().mul_(beta) * (above - u)).sum(-1)
     spent = spent + (log_q.exp() * above).sum(-1) * (1 - beta)
     bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
-    return (bound - spent) * temperature**2
+    share = beta * (1 - beta) if normalized else 1.0
+    return (bound - spent) * (temperature**2 / share)
 
 
 def total_variation(student: Tensor, teacher: Tensor | TopK) -> Tensor:

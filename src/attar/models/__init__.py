@@ -7,8 +7,10 @@ from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
 from attar.models.group import Group
 from attar.models.hub import is_foreign, own_classes, pretrained
+from attar.models.language import language_model, pretrained_language_model
 from attar.models.reuse import reuse_head
 from attar.models.store import load, load_weights, read_extra, save
+from attar.models.text import bilstm
 from attar.models.timm_models import timm
 from attar.models.transfer import Transfer, head_of, transfer, transferable
 from attar.models.transformer import vit
@@ -16,16 +18,19 @@ from attar.models.transformer import vit
 __all__ = [
     "Group",
     "Transfer",
+    "bilstm",
     "build",
     "families",
     "head_of",
     "is_foreign",
+    "language_model",
     "load",
     "load_weights",
     "mlp",
     "mobilenet",
     "own_classes",
     "pretrained",
+    "pretrained_language_model",
     "projectors",
     "read_extra",
     "resnet",

@@ -74,7 +74,7 @@ def transformers(
     image = image_shape(shape, "transformers")
     values = dict(config or {})
     known = config_values(architecture)
-    _check_values(architecture, values, known)
+    check_values("transformers", architecture, values, known)
     seen = image[1:] if size is None else size
     if "num_channels" in known:
         values.setdefault("num_channels", image[0])
@@ -156,7 +156,7 @@ def make_config(
     try:
         made = kind(**values, **counted, id2label=names, label2id=indices)
     except Exception as error:  # each config has checks and errors of its own
-        raise _refused(architecture, error) from None
+        raise refused("transformers", architecture, error) from None
     made.architectures = [architectures()[architecture]]
     return made
 
@@ -172,13 +172,14 @@ def network(config: Any) -> Any:
     try:
         return kind(config)
     except Exception as error:
-        raise _refused(config.model_type, error) from None
+        raise refused("transformers", config.model_type, error) from None
 
 
-def _refused(architecture: str, error: Exception) -> UsageError:
+def refused(family: str, architecture: str, error: Exception) -> UsageError:
+    """What a config or a model raised when it was built, as one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines) or type(error).__name__
-    return UsageError(f"transformers: {architecture} cannot be built so: {said:.300}")
+    return UsageError(f"{family}: {architecture} cannot be built so: {said:.300}")
 
 
 def _config_class(architecture: str) -> Any:
@@ -193,18 +194,20 @@ def _config_class(architecture: str) -> Any:
     return CONFIG_MAPPING[architecture]
 
 
-def _check_values(architecture: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_values(
+    family: str, architecture: str, values: Mapping[str, Any], known: Sequence[str]
+) -> None:
+    """Refuse a value that the config does not have, and numbers no model has."""
     for key, value in values.items():
         if key not in known:
             raise UsageError(
-                f"transformers: the config of {architecture} has no '{key:.80}'; "
-                f"{suggest(key, known)}"
+                f"{family}: the config of {architecture} has no '{key:.80}'; {suggest(key, known)}"
             )
         parts = any(word in key for word in ("block", "depth", "layers", "repeats", "stages"))
         for number in _numbers(value):
             if abs(number) > (_MOST_PARTS if parts else _MOST):
                 raise UsageError(
-                    f"transformers: {key} of {architecture} may be "
+                    f"{family}: {key} of {architecture} may be "
                     f"{_MOST_PARTS if parts else _MOST} at most, not {number}"
                 )
 

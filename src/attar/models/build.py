@@ -16,6 +16,8 @@ from attar.models.architectures import transformers
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
 from attar.models.hub import pretrained
+from attar.models.language import language_model, pretrained_language_model
+from attar.models.text import bilstm
 from attar.models.timm_models import timm
 from attar.models.transformer import vit
 from attar.models.types import DataLike, Shape, Size
@@ -27,9 +29,12 @@ Family = Callable[..., nn.Module]
 def families() -> dict[str, Family]:
     """The families of this room by name."""
     return {
+        "bilstm": bilstm,
+        "language_model": language_model,
         "mlp": mlp,
         "mobilenet": mobilenet,
         "pretrained": pretrained,
+        "pretrained_language_model": pretrained_language_model,
         "resnet": resnet,
         "timm": timm,
         "transformers": transformers,

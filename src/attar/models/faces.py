@@ -56,15 +56,16 @@ class Face(nn.Module):
 def give_face(model: nn.Module, face: type[Face], preprocess: Preprocess) -> Any:
     """*model* itself, of a class that has *face* before the model's own."""
     model.preprocess = preprocess
-    model.__class__ = _faced(face, type(model))
+    model.__class__ = faced(face, type(model))
     return model
 
 
 # One class for each pair, so that two copies of a model are of one class.
-_CLASSES: dict[tuple[type[Face], type[nn.Module]], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _faced(face: type[Face], kind: type[nn.Module]) -> type[nn.Module]:
+def faced(face: type[nn.Module], kind: type[nn.Module]) -> Any:
+    """The class *kind* with *face* before it."""
     made = type(kind.__name__, (face, kind), {"__module__": kind.__module__})
     return _CLASSES.setdefault((face, kind), made)
 

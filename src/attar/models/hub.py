@@ -71,8 +71,8 @@ def pretrained(
     classes (DataError).
     """
     image = image_shape(shape, "pretrained")
-    with _quiet():
-        how = _reached(path)
+    with quiet():
+        how = reached(path)
         config = _config(path, how)
         values = {name: getattr(config, name) for name in config_values(config.model_type)}
         pixels = _pixels(path, values.get("image_size"), how)
@@ -99,12 +99,12 @@ def is_foreign(path: str) -> bool:
 
 def own_classes(path: str) -> list[str]:
     """What the classes of a model for `pretrained` are called, in its own order."""
-    with _quiet():
-        names = _config(path, _reached(path)).id2label
+    with quiet():
+        names = _config(path, reached(path)).id2label
     return [str(names[index]) for index in range(len(names))]
 
 
-def _reached(path: str) -> dict[str, Any]:
+def reached(path: str) -> dict[str, Any]:
     """How to ask for *path*: of what was downloaded before alone, where the hub does not answer.
 
     One attempt of a few seconds, and it is said: the hub's own library tries for half a minute.
@@ -130,8 +130,8 @@ def _tell(line: str) -> None:
 def _config(path: str, how: dict[str, Any]) -> Any:
     """The config of the model at *path*, of an architecture that attar reads."""
     hf = library()
-    _check_folder(path)
-    with _explained(path):
+    check_folder(path)
+    with explained(path):
         config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False, **how)
     if config.model_type not in architectures():
         raise DataError(
@@ -141,7 +141,8 @@ def _config(path: str, how: dict[str, Any]) -> Any:
     return config
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
+    """Refuse a path that is neither a folder with safetensors nor a name on the hub."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(path):
@@ -162,7 +163,7 @@ def _check_folder(path: str) -> None:
 def _model(path: str, config: Any, how: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model with the folder's weights, and the tensors that the folder did not have."""
     kind = getattr(library(), architectures()[config.model_type])
-    with _explained(path):
+    with explained(path):
         model, info = kind.from_pretrained(
             path,
             config=config,
@@ -273,7 +274,7 @@ def _read_pixels(path: str, how: dict[str, Any]) -> dict[str, Any] | None:
     from transformers.utils.hub import cached_file
 
     # A file that is not there is one thing; a network that fails must not pass for it.
-    with _explained(path):
+    with explained(path):
         file = cached_file(path, PIXELS, _raise_exceptions_for_missing_entries=False, **how)
     if file is None:
         return None
@@ -324,7 +325,7 @@ def _size(value: Any) -> Pair:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no advice of transformers: what matters here is an error of attar's."""
     logging = library().utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -343,7 +344,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """What transformers raises as one sentence."""
     try:
         yield

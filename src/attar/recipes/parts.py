@@ -156,6 +156,11 @@ def _classes(train: Source, wanted: int) -> Ids | None:
         )
     if labels.is_floating_point():
         return None
+    if labels.ndim != 1:
+        raise PreflightError(
+            f"labels is {wanted:,}, but in {train.name} the text is its own label; leave labels "
+            "out, or give less of it: examples"
+        )
     classes: Ids = labels.numpy()
     if wanted < (least := len(np.unique(classes))):
         raise PreflightError(

@@ -12,11 +12,20 @@ import torch
 from torch import nn
 
 from attar.data import Source
-from attar.models import build, is_foreign, load, load_weights, own_classes, pretrained, read_extra
+from attar.models import (
+    build,
+    is_foreign,
+    load,
+    load_weights,
+    own_classes,
+    pretrained,
+    pretrained_language_model,
+    read_extra,
+)
 from attar.recipes.parts import Parts
 from attar.recipes.recipe import Recipe, TeacherPlan
 from attar.runtime import AttarError, DataError, PreflightError
-from attar.tasks import Regression, Task, restore
+from attar.tasks import LanguageModelling, Regression, Task, restore
 from attar.tasks.classes import ClassTask
 from attar.tasks.classification import Classification
 from attar.teachers import Ensemble, Function, Teacher, adapted, from_onnx, project, renamed
@@ -156,6 +165,9 @@ def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
         _check_taught(taught, parts.labelled)
     if not is_foreign(plan.load):
         return load(plan.load)
+    if isinstance(task, LanguageModelling):
+        trained = partial(pretrained_language_model, path=plan.load)
+        return build(trained, data=parts.student, outputs=task.width)
     shape = parts.student.shape
     if plan.size is not None:
         shape = (shape[0], plan.size, plan.size)

@@ -122,4 +122,5 @@ class Hearing(Closing):
 
 
 def _detached(signal: Any) -> Any:
-    return signal.detach() if isinstance(signal, Tensor) else tuple(s.detach() for s in signal)
+    """Without its graph: a tensor, what stands for one, or a tuple of them."""
+    return tuple(s.detach() for s in signal) if isinstance(signal, tuple) else signal.detach()

@@ -168,10 +168,13 @@ def _trace(model: nn.Module, task: Task, rows: dict[str, Tensor], whose: str) ->
 
         return module.register_forward_hook(hook)
 
+    rows = to_device(rows, _place(model))
+    with torch.no_grad(), eval_mode(model):
+        task.try_forward(model, rows, whose)  # which may run the model more than once
     handles = [listen(path, module) for path, module in model.named_modules() if path]
     try:
         with torch.no_grad(), eval_mode(model):
-            out = task.try_forward(model, to_device(rows, _place(model)), whose)
+            out = task.forward(model, rows)
             final = task.output(out, task.outputs[0])
     finally:
         for handle in handles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,13 +20,16 @@ class Task(ABC):
     A task never holds a model. ``outputs`` names the signals it reads from one, the main one
     first; ``metric`` is the number a verdict is about. ``competing`` says that the outputs of an
     example are compared with one another, as by a softmax, which a constant added to all of them
-    does not change; False where each is an answer of its own.
+    does not change; False where each is an answer of its own. ``criterion(output, labels)``,
+    where there is one, is what ``loss`` is at the counted positions: a loss that shares a pass
+    with the terms on outputs that are too wide to be made.
     """
 
     outputs: ClassVar[tuple[str, ...]]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     competing: ClassVar[bool] = True
+    criterion: ClassVar[Callable[..., Tensor] | None] = None
 
     @property
     @abstractmethod
@@ -74,12 +77,24 @@ class Task(ABC):
             f"return a tensor [N, {self.width or 'C'}], or a dict with the key '{name}'"
         )
 
+    def body(self, model: nn.Module) -> nn.Module:
+        """The part of *model* that ``forward`` calls, which is what a compiler is given."""
+        return model
+
     def labels(self, batch: Batch) -> Tensor:
         """The labels in the units of the main output, as a loss that names them is given them."""
         return batch["labels"]
 
     def mask(self, batch: Batch) -> Tensor | None:
         """Which positions count; None when each example is one position and all count."""
+        return None
+
+    def tokens(self, batch: Batch) -> Tensor | None:
+        """Which tokens of each example are real, bool [N, S], where features have one for each.
+
+        For examples that count as one, such as texts: padding is then no part of a term on
+        features [N, S, D]. None where ``mask`` says it, and where all are real.
+        """
         return None
 
     def head(self, model: nn.Module) -> nn.Linear | None:

@@ -8,17 +8,18 @@ from attar.teachers.ensemble import Ensemble, learned_weights
 from attar.teachers.function import Function, from_sklearn
 from attar.teachers.live import Teacher
 from attar.teachers.onnx import from_onnx
-from attar.teachers.projection import Projected, adapted, project, renamed
+from attar.teachers.projection import Carried, adapted, project, renamed
 from attar.teachers.store import join
+from attar.teachers.synthesize import synthesize
 
 __all__ = [
     "EMA",
     "Cached",
+    "Carried",
     "Ensemble",
     "Filling",
     "Function",
     "Keep",
-    "Projected",
     "Teacher",
     "adapted",
     "cache",
@@ -31,5 +32,6 @@ __all__ = [
     "learned_weights",
     "project",
     "renamed",
+    "synthesize",
     "verify_cache",
 ]

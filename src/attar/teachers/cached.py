@@ -33,6 +33,7 @@ from attar.teachers.columns import (
     CONTENT,
     AnyColumn,
     Column,
+    HeadColumn,
     Keep,
     Slots,
     head_column,
@@ -145,6 +146,7 @@ class Cached:
                     f"{', '.join(self._columns)}; make a cache with it"
                 )
         self._device = device or torch.device("cpu")
+        self._place()
         if missing := len(self) * self.views - self.store.filled:
             raise PreflightError(
                 f"{self.folder}: {missing:,} of {len(self) * self.views:,} answers are missing; "
@@ -194,8 +196,15 @@ class Cached:
             self._store = None
 
     def _open_store(self, writer: str | None = None) -> None:
+        self._place()
         slots = len(self) * self.views
         self._store = Store(self.folder, slots=slots, fields=self.fields, writer=writer)
+
+    def _place(self) -> None:
+        """Last layers that are kept lie where they are used."""
+        for address, column in self._columns.items():
+            if isinstance(column, HeadColumn):
+                self._columns[address] = column.to(self._device)
 
     def _slots(self, batch: Batch) -> Slots:
         if "ids" not in batch:
@@ -356,7 +365,13 @@ class Filling(Cached):
             if address in self._layers:
                 assert isinstance(column, Column)
                 column = head_column(column, self._layers[address][1])
+            if isinstance(column, HeadColumn):
                 column.save(self.folder)
+            elif self._keep.head and address.startswith("output:"):
+                raise PreflightError(
+                    "keep: head is for a teacher whose logits are those of its last linear layer, "
+                    "and this one has no such layer; leave head out"
+                )
             self._columns[address] = column
         _write_about(self.folder, self.asked, self._columns)
         self._open_store(self._writer)
@@ -367,12 +382,11 @@ class Filling(Cached):
 
     def _heads(self, addresses: Sequence[str]) -> dict[str, tuple[str, nn.Linear]]:
         task = getattr(self.teacher, "task", None)
-        layer = None if task is None or self.model is None else task.head(self.model)
-        if task is None or layer is None:
-            raise PreflightError(
-                "keep: head is for a teacher whose logits are those of its last linear layer, and "
-                "this one has no such layer; leave head out"
-            )
+        if task is None or task.criterion is not None:  # its answers hold the layer themselves
+            return {}
+        layer = None if self.model is None else task.head(self.model)
+        if layer is None:
+            return {}
         path = next(name for name, part in self.model.named_modules() if part is layer)
         main = f"output:{task.outputs[0]}"
         return {main: (f"input:{path}", layer)} if main in addresses else {}

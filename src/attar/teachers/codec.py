@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attar.data.draw import hashed, key_of
-from attar.losses import TopK
+from attar.losses import Projected, TopK
 from attar.runtime import DataError, UsageError
 
 Array = NDArray[Any]
@@ -126,26 +126,28 @@ class TopLogits:
         need = (self.width - 1).bit_length() - 16
         return next(bits for bits in (0, 1, 2, 4, 8) if bits >= need)
 
-    def encode(self, logits: Tensor, slots: NDArray[np.int64] | None = None) -> dict[str, Array]:
+    def encode(
+        self, logits: Tensor | Projected, slots: NDArray[np.int64] | None = None
+    ) -> dict[str, Array]:
         """The arrays of these rows, [n, ...] each.
 
         Args:
-            logits: [n, ..., width], of any float type.
+            logits: [n, ..., width], of any float type; those of a `Projected` are made block by
+                block.
             slots: int64 [n], which the draws are a function of; not needed without draws.
 
         Raises:
             DataError: a row has NaN or +inf, or -inf alone; a logit is beyond 65,504, where
                 float16 ends.
         """
-        if logits.ndim < 2 or logits.shape[-1] != self.width:
+        if len(logits.shape) < 2 or logits.shape[-1] != self.width:
             raise DataError(
                 f"the teacher's logits have the shape {list(logits.shape)}, and [n, ..., "
                 f"{self.width}] is to be kept"
             )
         lead = logits.shape[:-1]
         chosen = self._uniform(lead, slots) if self.draws else None
-        flat = logits.detach().reshape(-1, self.width)
-        made = [self._block(flat[rows], chosen, rows) for rows in _blocks(len(flat), self.width)]
+        made = [self._block(part, chosen, rows) for rows, part in _dense(logits.detach())]
         rows = {name: np.concatenate([part[name] for part in made]) for name in self.arrays}
         return {name: values.reshape(*lead, *values.shape[1:]) for name, values in rows.items()}
 
@@ -161,7 +163,7 @@ class TopLogits:
         at = self.draw_temperature
         return replace(kept, tail_ids=ids, tail_logits=logits, tail_temperature=at)
 
-    def compare(self, kept: TopK, now: Tensor) -> tuple[float, float]:
+    def compare(self, kept: TopK, now: Tensor | Projected) -> tuple[float, float]:
         """How far kept logits are from those of *now*, and how far rounding can bring them.
 
         Both of the token that is nearest to, or furthest beyond, what rounding allows.
@@ -169,7 +171,9 @@ class TopLogits:
         ids, logits = (kept.ids, kept.logits) if self.k else (kept.tail_ids, kept.tail_logits)
         assert ids is not None
         assert logits is not None
-        gap = (now.detach().to("cpu", torch.float32).gather(-1, ids) - logits).abs()
+        picked = _flat(ids)
+        said = [part.to("cpu", torch.float32).gather(-1, picked[r]) for r, part in _dense(now)]
+        gap = (torch.cat(said).view_as(logits) - logits).abs()
         gap = gap.nan_to_num(0.0, posinf=math.inf).amax(-1).flatten()  # -inf then and now is 0
         live = logits.masked_fill(logits == -math.inf, 0.0)
         size, reach = live.abs().amax(-1).flatten(), (live.amax(-1) - live.amin(-1)).flatten()
@@ -270,8 +274,20 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def _flat(values: Array) -> Array:
+def _flat(values: Any) -> Any:
     return values.reshape(-1, values.shape[-1])
+
+
+def _dense(logits: Tensor | Projected) -> Iterator[tuple[slice, Tensor]]:
+    """Logits in blocks of rows, each with its place; those of a `Projected` are made here."""
+    logits = logits.detach()
+    if isinstance(logits, Tensor):
+        flat = _flat(logits)
+        yield from ((rows, flat[rows]) for rows in _blocks(len(flat), flat.shape[-1]))
+        return
+    hidden = _flat(logits.hidden)
+    for rows in _blocks(len(hidden), logits.shape[-1]):
+        yield rows, replace(logits, hidden=hidden[rows]).dense()
 
 
 def _nothing(lead: torch.Size) -> tuple[Tensor, Tensor]:

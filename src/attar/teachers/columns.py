@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from attar.losses import TopK
+from attar.losses import Projected, TopK
 from attar.runtime import DataError, PreflightError, write_atomic
 from attar.teachers.about import HEAD
 from attar.teachers.codec import Kind, TopLogits
@@ -57,17 +56,26 @@ class Keep:
         if self.head and self.top is not None:
             raise ValueError("head keeps all logits, top some; leave one of them out")
 
-    def column(self, address: str, value: Any, rows: int) -> Column | TopColumn:
+    def column(self, address: str, value: Any, rows: int) -> AnyColumn:
         """How an answer to a batch of so many rows is kept.
 
         Raises:
-            PreflightError: it is not a value for each row.
+            PreflightError: it is not a value for each row, or one too wide to be kept whole.
         """
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
-            form = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        known = isinstance(value, Tensor | Projected)
+        if not known or not value.shape or len(value) != rows:
+            form = list(value.shape) if known else type(value).__name__
             raise PreflightError(
                 f"{address}: a cache keeps a value for each row, and for {rows} rows the teacher "
                 f"gave {form}; take this term out, or ask the teacher live"
+            )
+        if isinstance(value, Projected) and self.top is None:
+            if self.head:
+                hidden = Column(address, self.dtype, tuple(value.hidden.shape[1:]))
+                return HeadColumn(hidden, _still(replace(value, hidden=value.hidden[:0])), True)
+            raise PreflightError(
+                f"{address}: {value.shape[-1]:,} logits a position are not kept whole; give the "
+                "cache top, the largest of them, or head, what the last layer reads"
             )
         if self.top is None or not address.startswith("output:"):
             return Column(address, self.dtype, tuple(value.shape[1:]))
@@ -164,37 +172,52 @@ class TopColumn:
 
 @dataclass(frozen=True)
 class HeadColumn:
-    """Logits as what the last linear layer reads, and that layer."""
+    """Logits as what the last linear layer reads, and that layer.
+
+    Attributes:
+        hidden: what the layer reads.
+        layer: the layer, before a hidden state of no rows.
+        wide: whether the logits are left to be made by the losses, block by block.
+    """
 
     hidden: Column
-    weight: Tensor
-    bias: Tensor | None
+    layer: Projected
+    wide: bool
 
     def to_json(self) -> dict[str, Any]:
         """What the folder says of this column."""
-        return self.hidden.to_json() | {"kept": "head", "sha256": self._digest()}
+        how = {"scale": self.layer.scale, "softcap": self.layer.softcap} if self.wide else {}
+        return self.hidden.to_json() | how | {"kept": "head", "sha256": self._digest()}
 
     @property
     def fields(self) -> list[Field]:
         """The arrays of the store."""
         return self.hidden.fields
 
-    def encode(self, value: Tensor, slots: Slots) -> dict[str, NDArray[Any]]:
-        """The arrays of these rows; *value* is what the layer reads."""
-        return self.hidden.encode(value, slots)
+    def encode(self, value: Tensor | Projected, slots: Slots) -> dict[str, NDArray[Any]]:
+        """The arrays of these rows; *value* is what the layer reads, or the logits with it."""
+        return self.hidden.encode(_read_by_head(value), slots)
 
-    def decode(self, rows: Arrays) -> Tensor:
+    def decode(self, rows: Arrays) -> Tensor | Projected:
         """The logits."""
-        return linear(self.hidden.decode(rows), self.weight, self.bias)
+        hidden = self.hidden.decode(rows).to(self.layer.weight.device)
+        logits = replace(self.layer, hidden=hidden)
+        return logits if self.wide else logits.dense()
 
-    def compare(self, kept: Tensor, now: Tensor) -> tuple[float, float]:
+    def compare(self, kept: Any, now: Any) -> tuple[float, float]:
         """How far what is kept is from *now*, and how far rounding can bring it.
 
         In half precision the roundings of all inputs of the layer add up in each logit: a part of
         a hundred is allowed.
         """
+        if self.wide:
+            return self.hidden.compare(kept.hidden, now.hidden)
         far, allowed = self.hidden.compare(kept, now)
         return far, allowed if self.hidden.dtype == "float32" else 20 * allowed
+
+    def to(self, device: torch.device) -> HeadColumn:
+        """The same, with the layer on another device."""
+        return replace(self, layer=self.layer.to(device))
 
     def save(self, folder: Path) -> None:
         """Write the layer."""
@@ -204,16 +227,20 @@ class HeadColumn:
     def read(cls, address: str, told: dict[str, Any], folder: Path) -> HeadColumn:
         """The column that ``to_json`` described, with the layer that ``save`` wrote."""
         hidden = Column(address, told["dtype"], tuple(told["shape"]))
+        wide = "scale" in told
+        how = {name: told[name] for name in ("scale", "softcap")} if wide else {}
         with suppress(OSError, SafetensorError, KeyError, ValueError):
             data = (folder / HEAD).read_bytes()
             found = load(data)
             if hashlib.sha256(data).hexdigest() == told["sha256"]:
-                return cls(hidden, found["weight"], found.get("bias"))
+                weight = found["weight"]
+                nothing = weight.new_empty(0, weight.shape[1])
+                return cls(hidden, Projected(nothing, weight, found.get("bias"), **how), wide)
         raise DataError(f"{folder / HEAD}: is damaged or not there; make the cache anew")
 
     def _bytes(self) -> bytes:
-        found = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-        return save(found)
+        weight, bias = self.layer.weight, self.layer.bias
+        return save({"weight": weight} | ({} if bias is None else {"bias": bias}))
 
     def _digest(self) -> str:
         return hashlib.sha256(self._bytes()).hexdigest()
@@ -224,12 +251,22 @@ AnyColumn = Column | TopColumn | HeadColumn
 
 def head_column(hidden: Column, layer: nn.Linear) -> HeadColumn:
     """The column of a layer's outputs, kept as its inputs."""
+    nothing = layer.weight.new_empty(0, layer.in_features)
+    return HeadColumn(hidden, _still(Projected(nothing, layer.weight, layer.bias)), False)
+
+
+def _still(layer: Projected) -> Projected:
+    """A layer in memory, in float32, that nothing writes to."""
     weight, bias = (
         None if each is None else each.detach().to("cpu", torch.float32).contiguous()
         for each in (layer.weight, layer.bias)
     )
     assert weight is not None
-    return HeadColumn(hidden, weight, bias)
+    return replace(layer, hidden=weight.new_empty(0, weight.shape[1]), weight=weight, bias=bias)
+
+
+def _read_by_head(value: Tensor | Projected) -> Tensor:
+    return value.hidden if isinstance(value, Projected) else value
 
 
 def read_column(address: str, told: Any, folder: Path) -> AnyColumn:

@@ -17,7 +17,7 @@ from attar.tasks.classification import Classification
 from attar.teachers.fingerprint import fingerprint_or_refuse
 from attar.teachers.fingerprint import joined as joined_prints
 from attar.teachers.live import Teacher
-from attar.teachers.projection import Projected
+from attar.teachers.projection import Carried
 from attar.teachers.weighting import (
     confidence_weights,
     entropy_weights,
@@ -363,7 +363,7 @@ def _fixed(weighting: str | tuple[float, ...], count: int) -> Tensor:
 
 def _known(models: Sequence[Any], task: Task) -> Tensor | None:
     """Which classes each member knows, bool [K, C]; None where all know all."""
-    own = [model.known if isinstance(model, Projected) else None for model in models]
+    own = [model.known if isinstance(model, Carried) else None for model in models]
     partial = [known for known in own if known is not None and not bool(known.all())]
     if not partial:
         return None

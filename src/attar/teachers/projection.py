@@ -17,7 +17,7 @@ BATCH = 256
 PRIOR = 1e-3  # examples of every class that each class of the teacher is taken to have seen
 
 
-class Projected(nn.Module):
+class Carried(nn.Module):
     """A classifier whose answers are carried over to other classes, and whose inputs are fitted.
 
     ``p(y | x) = sum_z table[z, y] p(z | x)``, given as logits [N, C]: its logarithm. Images of
@@ -83,7 +83,7 @@ def adapted(
     classes: Sequence[str | int | None] | None = None,
     size: int | tuple[int, int] | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
-) -> Projected:
+) -> Carried:
     """A teacher that reads other inputs than the student, or knows only some of its classes.
 
     Its parts are addressed below ``model``: ``feature:model.stage3``.
@@ -110,7 +110,7 @@ def adapted(
         height, width = (size, size) if isinstance(size, int) else size
         shape = (shape[0] if shape else None, height, width)
     table = None if classes is None else _table(classes, task)
-    return Projected(model, table, shape=shape, transform=transform)
+    return Carried(model, table, shape=shape, transform=transform)
 
 
 def _table(classes: Sequence[str | int | None], task: Task) -> Tensor:
@@ -146,7 +146,7 @@ def _number(name: str | int, ours: Sequence[str]) -> int:
 
 def project(
     model: nn.Module, data: Any, task: Classification, *, shape: Sequence[int] | None = None
-) -> Projected:
+) -> Carried:
     """Learn from labelled *data* which of the student's classes each class of *model* stands for.
 
     The empirical predictor of LEEP (arXiv:2002.12462, eq. 1 and 2): ``p(y | z)`` is the mean
@@ -157,7 +157,7 @@ def project(
         model: gives logits [N, Z], in eval mode or not; left as it was found.
         data: a source with labels: the training split, never the one to be judged on.
         task: the student's.
-        shape: as in ``Projected``; what ``attar.models.build`` noted, when left out.
+        shape: as in ``Carried``; what ``attar.models.build`` noted, when left out.
     """
     if data.labels is None:
         raise UsageError(
@@ -174,7 +174,7 @@ def project(
             part = F.one_hot(batch["labels"], task.width or 0).double().T @ said.softmax(1).cpu()
             joint = part if not len(joint) else joint + part
     table = joint.T + PRIOR
-    return Projected(model, (table / table.sum(1, keepdim=True)).float(), shape=shape)
+    return Carried(model, (table / table.sum(1, keepdim=True)).float(), shape=shape)
 
 
 def renamed(
@@ -184,7 +184,7 @@ def renamed(
     classes: Mapping[str, Sequence[str]],
     *,
     shape: Sequence[int] | None = None,
-) -> Projected:
+) -> Carried:
     """Carry classes over by name: each class of the student is the sum of some of the teacher's.
 
     Args:
@@ -213,7 +213,7 @@ def renamed(
             f"classes: '{absent[0]}' has no class of the teacher; name at least one, or learn the "
             "projection from the labels: project: true"
         )
-    return Projected(model, table, shape=shape_of(model) if shape is None else shape)
+    return Carried(model, table, shape=shape_of(model) if shape is None else shape)
 
 
 def fitted(images: Tensor, shape: Sequence[int | None] | None) -> Tensor:

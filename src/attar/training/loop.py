@@ -209,7 +209,7 @@ class Loop:
             batch = to_device(batch, self.device)
             told = self.teacher(batch) if self.teacher is not None else None
             for index, name in enumerate(self.objective.names):
-                values, _, _ = self.objective.values(batch, told or {}, counts, progress)
+                values = self.objective.values(batch, told or {}, counts, progress)
                 what = _fault(values[index].sum(), trained)
                 if what:
                     ids = batch["ids"].tolist()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from attar.losses import Projected
 from attar.runtime import Closing, PreflightError, autocast, eval_mode, gradient_norm
 from attar.signals import Hearing
 from attar.tasks import Task
-from attar.training.term import BoundTerm, Term, each, loss_name
+from attar.training.passes import Passes
+from attar.training.term import BoundTerm, Counted, Term, each, loss_name
 
 LABELS = "labels"
 
@@ -57,6 +60,14 @@ class Parts(NamedTuple):
         return {name: value.sum() * scale for name, value, scale in shares}
 
 
+class _Part(NamedTuple):
+    """A term of one batch: its value, None while it waits; its share of the step; its weight."""
+
+    value: Tensor | None
+    scale: float
+    weight: float
+
+
 class Objective(Closing, nn.Module):
     """``objective(batch, told) -> Parts``: what is wrapped, compiled and checkpointed.
 
@@ -79,6 +90,10 @@ class Objective(Closing, nn.Module):
         model: the teacher's module, for a projector that holds a frozen part of it.
         rows: how many rows there are to learn from, for a loss that remembers them.
         precision: autocast dtype of the student's pass; losses are in float32 whatever it is.
+
+    Attributes:
+        bound: the terms as they are compared.
+        names: of the terms, and of the labels where they count, in order.
     """
 
     def __init__(
@@ -106,8 +121,12 @@ class Objective(Closing, nn.Module):
         bound = [BoundTerm(t, main, n) for t, n in zip(terms, _names(terms, main), strict=True)]
         # Registered for its projectors; iterated as a plain list, which costs a step less.
         self.adapters = nn.ModuleList(bound)
-        self._bound = bound
+        self.bound: Sequence[BoundTerm] = tuple(bound)
         self.names = [b.name for b in bound] + [LABELS] * (label_weight > 0)
+        if label_weight and task.criterion is not None:
+            bound.append(BoundTerm(Term(task.criterion, weight=label_weight), main, LABELS))
+        self._bound = bound
+        self._labels_apart = label_weight > 0 and task.criterion is None
         self._vectors = [(math.nan, torch.empty(0)) for _ in self.names]
         self.watching = False
         self._hearing = Hearing(student, task, self._wanted(), "student").open()
@@ -124,11 +143,6 @@ class Objective(Closing, nn.Module):
         found = self._hearing.parameters.values()
         return {p for s in found for p in (s if isinstance(s, tuple) else (s,))}
 
-    @property
-    def bound(self) -> Sequence[BoundTerm]:
-        """The terms as they are compared."""
-        return self._bound
-
     def forward(
         self,
         batch: dict[str, Tensor],
@@ -138,26 +152,44 @@ class Objective(Closing, nn.Module):
     ) -> Parts:
         """The parts of this batch's loss; ``told`` is the teacher's answer."""
         counts = counts or Counts.of(self.task, [batch])
-        values, scales, weights = self.values(batch, told or {}, counts, progress)
-        shares = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
-        loss = self._shared(0, values[0], shares[0])
-        for index in range(1, len(values)):
-            loss = loss + self._shared(index, values[index], shares[index])
-        gradients = self._gradients(values, shares) if self.watching else None
+        made, passes = self._made(batch, told or {}, counts, progress, together=not self.watching)
+        loss, found = (None, {}) if passes is None else passes.run()
+        values: list[Tensor] = []
+        for index, (value, scale, weight) in enumerate(made):
+            if value is None:
+                values.append(found[index])
+                continue
+            values.append(value)
+            share = self._shared(index, value, weight * scale)
+            loss = share if loss is None else loss + share
+        assert loss is not None
+        gradients = self._gradients(values, made) if self.watching else None
         # Detached, so that the graph is freed as it is differentiated.
-        return Parts(loss, [value.detach() for value in values], scales, self.names, gradients)
+        detached, scales = [value.detach() for value in values], [part.scale for part in made]
+        return Parts(loss, detached, scales, self.names, gradients)
 
     def values(
         self, batch: dict[str, Tensor], told: dict[str, Any], counts: Counts, progress: float
-    ) -> tuple[list[Tensor], list[float], list[float]]:
-        """Each term's own value, the factor that makes it this batch's share, its weight."""
+    ) -> list[Tensor]:
+        """Each term's own value, with a graph of its own."""
+        made, _ = self._made(batch, told, counts, progress, together=False)
+        return [part.value for part in made if part.value is not None]
+
+    def _made(
+        self,
+        batch: dict[str, Tensor],
+        told: dict[str, Any],
+        counts: Counts,
+        progress: float,
+        *,
+        together: bool,
+    ) -> tuple[list[_Part], Passes | None]:
         out, heard = self._hear(batch, told)
         kind = batch["inputs"].device.type
-        if torch.is_autocast_enabled(kind):
-            # Losses choose their own precision; an autocast around the caller's loop must not.
-            with torch.autocast(kind, enabled=False):
-                return self._compare(out, heard, batch, told, counts, progress)
-        return self._compare(out, heard, batch, told, counts, progress)
+        # Losses choose their own precision; an autocast around the caller's loop must not.
+        off = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if off else nullcontext():
+            return self._compare(out, heard, batch, told, counts, progress, together)
 
     def _compare(
         self,
@@ -167,25 +199,29 @@ class Objective(Closing, nn.Module):
         told: dict[str, Any],
         counts: Counts,
         progress: float,
-    ) -> tuple[list[Tensor], list[float], list[float]]:
-        mask = self.task.mask(batch)
+        together: bool,
+    ) -> tuple[list[_Part], Passes | None]:
+        counted = Counted(self.task.mask(batch), self.task.tokens(batch))
         named = self.named(batch)
-        values: list[Tensor] = []
-        scales: list[float] = []
-        weights: list[float] = []
+        a_position = 1 / max(counts.positions, 1)
+        made: list[_Part] = []
+        passes = Passes() if together else None
         for term in self._bound:
-            value = term.value(heard, told, named, mask, progress)
+            weight = term.weight(progress) if callable(term.weight) else term.weight
+            student, given = term.operands(heard, told, named, counted, progress)
+            if passes is not None and isinstance(student, Projected):
+                passes.add(len(made), student, term.loss, weight * a_position, given)
+                made.append(_Part(None, a_position, weight))
+                continue
+            value = term.compare(student, given, counted)
             if value.ndim == 0:  # a relation: its share of the step's examples
-                scales.append(len(batch["inputs"]) / max(counts.examples, 1))
+                scale = len(batch["inputs"]) / max(counts.examples, 1)
             else:
-                scales.append(1 / max(counts.examples if term.whole else counts.positions, 1))
-            values.append(value)
-            weights.append(term.weight(progress) if callable(term.weight) else term.weight)
-        if self.label_weight:
-            values.append(self.task.loss(out, batch))
-            scales.append(1 / max(counts.positions, 1))
-            weights.append(self.label_weight)
-        return values, scales, weights
+                scale = 1 / max(counts.examples, 1) if term.whole else a_position
+            made.append(_Part(value, scale, weight))
+        if self._labels_apart:
+            made.append(_Part(self.task.loss(out, batch), a_position, self.label_weight))
+        return made, passes
 
     def _shared(self, index: int, value: Tensor, share: float) -> Tensor:
         """A term's part of the loss: the sum of its value, times *share*."""
@@ -201,8 +237,9 @@ class Objective(Closing, nn.Module):
             self._vectors[index] = share, vector
         return flat.dot(vector)
 
-    def _gradients(self, values: list[Tensor], shares: list[float]) -> dict[str, float]:
+    def _gradients(self, values: list[Tensor], made: list[_Part]) -> dict[str, float]:
         trained = [p for p in self.student.parameters() if p.requires_grad]
+        shares = (part.weight * part.scale for part in made)
         norms = (gradient_of(v, s, trained) for v, s in zip(values, shares, strict=True))
         return dict(zip(self.names, norms, strict=True))
 
@@ -236,7 +273,7 @@ class Objective(Closing, nn.Module):
     def _build(self, terms: Sequence[Term], example: Any, extra: dict[str, Any]) -> None:
         wanted = [
             (bound, term)
-            for bound, term in zip(self._bound, terms, strict=True)
+            for bound, term in zip(self.bound, terms, strict=True)
             if bound.unbuilt or term.projector or term.teacher_projector
         ]
         if not wanted:

@@ -18,7 +18,7 @@ from attar.runtime import AttarError, PreflightError, to_device
 from attar.signals import Pair, pairs
 from attar.tasks import Task
 from attar.training.optimization import Schedule
-from attar.training.term import BoundTerm, Term, loss_name
+from attar.training.term import BoundTerm, Counted, Term, loss_name
 
 ROWS = 128  # of which pairs are proposed; see docs/pairing.md for what more would change
 TRIED = 8  # rows on which a loss is asked what it can compare
@@ -158,7 +158,7 @@ def _compares(term: Term, pair: Pair, rows: dict[str, Tensor], task: Task) -> bo
         try:
             bound = BoundTerm(plain, f"output:{task.outputs[0]}", loss_name(term.loss))
             bound.build(plain, heard, told, {"model": None, "rows": count})
-            value = bound.value(heard, told, rows, None, 0.0)
+            value = bound.value(heard, told, rows, Counted(None), 0.0)
         except (AttarError, ValueError, RuntimeError, IndexError, TypeError, KeyError):
             return False
     return value.ndim == 0 or list(value.shape) == [count]

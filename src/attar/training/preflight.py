@@ -23,7 +23,7 @@ from attar.tasks import Task
 from attar.training.objective import Counts, Objective
 from attar.training.pairing import Proposal
 from attar.training.plan import Plan
-from attar.training.term import BoundTerm, each, takes_tuples
+from attar.training.term import BoundTerm, Counted, each, takes_tuples
 
 # Adam's two moments beside the weights: what a checkpoint of a stage will hold at most.
 STATE_COPIES = 3
@@ -216,11 +216,11 @@ def _dry_term(
     target = _signals(heard if term.own else told, each(term.target)) if term.teacher else []
     _check_signals(term, student)
     try:
-        mask = objective.task.mask(batch)
+        counted = Counted(objective.task.mask(batch), objective.task.tokens(batch))
         named = objective.named(batch)
-        value = term.value(heard, told, named, mask, 0.0)
+        value = term.value(heard, told, named, counted, 0.0)
         for progress in (0.5, 1.0) if term.scheduled else ():
-            term.value(heard, told, named, mask, progress)
+            term.value(heard, told, named, counted, progress)
     except AttarError:
         raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -254,6 +254,8 @@ def _signals(signals: dict[str, Any], addresses: Sequence[str]) -> list[Tensor]:
 def _check_signals(term: BoundTerm, student: list[Tensor]) -> None:
     # The value alone would not show it: a projector behind a detached signal is trained too.
     for signal, address in zip(student, each(term.student), strict=False):
+        if term.whole:
+            term.refuse_wide(signal)
         if not signal.requires_grad:
             raise PreflightError(
                 f"the term '{term.name}' carries no gradient to the student: its signal {address} "
@@ -311,7 +313,8 @@ def _check_meaning(
     logits = heard[main]
     shift = torch.linspace(1, 2, len(logits), device=logits.device, dtype=logits.dtype)
     moved = heard | {main: logits + shift.view(-1, *[1] * (logits.ndim - 1))}
-    again = term.value(moved, told, objective.named(batch), task.mask(batch), 0.0)
+    counted = Counted(task.mask(batch), task.tokens(batch))
+    again = term.value(moved, told, objective.named(batch), counted, 0.0)
     if torch.allclose(again, value, rtol=1e-3, atol=1e-6):
         raise PreflightError(
             f"the loss '{term.name}' compares the outputs of an example with one another (a "

@@ -81,7 +81,7 @@ class Stage:
             if self.plan.recompute:
                 stack.enter_context(recomputed(student))
             if self.plan.compile:
-                stack.enter_context(compiled(student))
+                stack.enter_context(compiled(self.objective.task.body(student)))
             wrap = self.ranks.wrap(self.objective, *self.example, precision=self.dtype)
             yield stack.enter_context(wrap)
 

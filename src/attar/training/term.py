@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from attar.losses import Projected, wide
 from attar.losses.types import Loss
 from attar.models.types import Projector
-from attar.runtime import UsageError, eval_mode
+from attar.runtime import PreflightError, UsageError, eval_mode
 from attar.training.optimization import Schedule
 
 SUPPLIED = ("teacher", "labels", "mask", "ids", "offsets", "progress")
@@ -209,6 +211,7 @@ class BoundTerm(nn.Module):
             extra: what a factory may name besides: ``model`` (the teacher's), ``rows``.
         """
         student = _gathered(heard, self.student)
+        self.refuse_wide(student)
         teacher = None
         if self.teacher is not None:
             teacher = _gathered(heard if self.own else told, self.target)
@@ -229,6 +232,17 @@ class BoundTerm(nn.Module):
             made = self.loss(student, teacher, **_named(self.loss, extra))
             self._settle(made, self.scheduled)
 
+    def refuse_wide(self, student: Any) -> None:
+        """Refuse logits that are made block by block, where this term needs them all at once."""
+        if not isinstance(student, Projected):
+            return
+        size = 4 * math.prod(student.shape) / 2**30
+        raise PreflightError(
+            f"the term '{self.name}' needs all logits {list(student.shape)} of a batch at once, "
+            f"which would be {size:.1f} GiB; they are made block by block, for a loss that gives a "
+            "value a row, without a projector"
+        )
+
     def _fixed(self, made: nn.Module, term: Term) -> nn.Module:
         if any(p.requires_grad for p in made.parameters()):
             assert term.teacher_projector is not None
@@ -243,10 +257,45 @@ class BoundTerm(nn.Module):
         heard: dict[str, Any],
         told: dict[str, Any],
         batch: dict[str, Tensor],
-        mask: Tensor | None,
+        counted: Counted,
         progress: float,
     ) -> Tensor:
         """The loss's own value: one a counted position, one an example, or a scalar."""
+        return self.compare(*self.operands(heard, told, batch, counted, progress), counted)
+
+    def compare(self, student: Any, given: dict[str, Any], counted: Counted) -> Tensor:
+        """The value of ``operands``; of features of tokens its mean over an example's real ones."""
+        if isinstance(student, Projected):
+            return wide.apply(self.loss, student, **given)
+        if isinstance(teacher := given.get("teacher"), Projected):
+            given = {**given, "teacher": teacher.dense()}
+        apart = self.whole or self._of_parameters
+        tokens = None if apart else counted.tokens_of(student)
+        if tokens is not None:
+            given = {name: _at(value, tokens) for name, value in given.items()}
+            return self._by_example(self.loss(_at(student, tokens), **given), tokens)
+        value = self.loss(student, **given)
+        return value.mean() if self._of_parameters else value  # its rows are no examples
+
+    def _by_example(self, value: Tensor, tokens: Tensor) -> Tensor:
+        """The mean over each example's tokens, [N], of a value a real token."""
+        if value.shape != (int(tokens.sum()),):
+            raise UsageError(
+                f"the loss '{self.name}' compares examples with one another, and the signal has a "
+                "vector for each of their tokens; name one with a vector an example"
+            )
+        sums = value.new_zeros(tokens.shape).masked_scatter(tokens, value).sum(1)
+        return sums / tokens.sum(1).clamp(min=1)
+
+    def operands(
+        self,
+        heard: dict[str, Any],
+        told: dict[str, Any],
+        batch: dict[str, Tensor],
+        counted: Counted,
+        progress: float,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The student's side, and what the loss names besides, at the counted positions."""
         student = _gathered(heard, self.student)
         if self.projector is not None:
             student = self.projector(student)
@@ -254,23 +303,22 @@ class BoundTerm(nn.Module):
         given: dict[str, Any] = {}
         if self.teacher is not None:
             given["teacher"] = self._compared(heard, told)
-            if mask is None and self._plain:
-                return self.loss(student, **given)
+            if counted.mask is None and self._plain:
+                return student, given
         if "labels" in needs:
             given["labels"] = batch["labels"]
         if self.whole:
-            given["mask"] = mask
-        elif mask is not None and not self._of_parameters:
-            student = _masked(student, mask)
-            given = {key: _masked(value, mask) for key, value in given.items()}
+            given["mask"] = counted.tokens if counted.mask is None else counted.mask
+        elif counted.mask is not None and not self._of_parameters:
+            student = counted(student)
+            given = {key: counted(value) for key, value in given.items()}
         for key in ("ids", "offsets"):
             if key in needs:
                 given[key] = batch[key]
         if "progress" in needs:
             given["progress"] = progress
         given |= {name: schedule(progress) for name, schedule in self.scheduled.items()}
-        value = self.loss(student, **given)
-        return value.mean() if self._of_parameters else value  # its rows are no examples
+        return student, given
 
     def _compared(self, heard: dict[str, Any], told: dict[str, Any]) -> Signal:
         teacher = _gathered(heard if self.own else told, self.target)
@@ -302,8 +350,50 @@ def _mapped(function: Callable[[Tensor], Tensor], signal: Signal) -> Signal:
     return function(signal)  # a tensor, or what stands for one
 
 
-def _masked(signal: Signal, mask: Tensor) -> Signal:
-    return _mapped(lambda part: part[mask], signal)
+class Counted:
+    """Signals at the counted positions; all of them where ``mask`` is None.
+
+    ``tokens`` says which tokens are real where an example counts as one but has features of many.
+
+    Logits that are not made are taken once, however many terms compare them: so they know that
+    they can share one pass.
+    """
+
+    def __init__(self, mask: Tensor | None, tokens: Tensor | None = None) -> None:
+        self.mask = mask
+        self.tokens = tokens if mask is None else None
+        self._taken: list[tuple[Projected, Projected]] = []
+
+    def tokens_of(self, signal: Any) -> Tensor | None:
+        """Which tokens are real, where the signal has a vector for each; None elsewhere."""
+        known = self.tokens is not None and _of_tokens(signal, self.tokens)
+        return self.tokens if known else None
+
+    def __call__(self, signal: Any) -> Any:
+        if self.mask is None:
+            return signal
+        if isinstance(signal, tuple):
+            return tuple(map(self, signal))
+        if not isinstance(signal, Projected):
+            return signal[self.mask]
+        for known, rows in self._taken:
+            if known is signal:
+                return rows
+        self._taken.append((signal, signal[self.mask]))
+        return self._taken[-1][1]
+
+
+def _of_tokens(signal: Any, tokens: Tensor) -> bool:
+    if isinstance(signal, tuple):
+        return all(_of_tokens(part, tokens) for part in signal)
+    return isinstance(signal, Tensor) and signal.ndim == 3 and signal.shape[:2] == tokens.shape
+
+
+def _at(signal: Any, tokens: Tensor) -> Any:
+    """The real tokens, [P, D], of a signal that has a vector for each; another as it is."""
+    if isinstance(signal, tuple):
+        return tuple(_at(part, tokens) for part in signal)
+    return signal[tokens] if _of_tokens(signal, tokens) else signal
 
 
 class _Each(nn.ModuleList):
