@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import gradients
+import language
 import sharing
 import whole
 from common import main
@@ -13,6 +14,9 @@ if __name__ == "__main__":
     trainings = whole.make()
     if sys.argv[1:] == ["trainings"]:
         main(trainings, list(trainings))
+    texts = language.make()
+    if sys.argv[1:] == ["texts"]:
+        main(texts, list(texts))
     small = {**gradients.make(), **sharing.make()}
     usual = [name for name in small if "few" not in name]
     main({**small, **trainings}, sys.argv[1:] or usual)

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 collect_ignore = [
     "common.py",
     "gradients.py",
+    "language.py",
     "sharing.py",
     "whole.py",
     "cases.py",

@@ -23,6 +23,11 @@ def test_whole_trainings_of_two_ranks_are_those_of_one_process(group: Group) -> 
     group("trainings", world=2)
 
 
+def test_language_models_of_two_ranks_are_those_of_one_process(group: Group) -> None:
+    pytest.importorskip("transformers")
+    group("texts", world=2)
+
+
 def test_four_ranks_have_the_gradients_of_one_process(group: Group) -> None:
     group("few-ddp", "few-fsdp", "gathering", "training-ddp", "once", world=4)
 

@@ -59,6 +59,10 @@ class Wrap(Closing):
         """
         return _NOTHING
 
+    def apart(self) -> AbstractContextManager[Any]:
+        """Stands around passes of a part of the module, without gradient, as of a validation."""
+        return _NOTHING
+
     def measured(self, loss: float, grads: Sequence[Tensor]) -> tuple[float, float]:
         """The loss of a whole step and the norm of its gradient, the same on every rank.
 

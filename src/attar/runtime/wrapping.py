@@ -11,8 +11,8 @@ without what the ranks' means differ by. All ranks hold the same state after eve
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -67,6 +67,9 @@ def _dry_run(module: nn.Module, example: Sequence[Any]) -> _Seen:
     devices = {t.device for t in trained if t.device.type == "cuda"}
     with ExitStack() as stack:
         for part in module.modules():
+            # A leaf is never wrapped by itself, and a last layer that is listened to is run whole.
+            if not any(part.children()):
+                continue
             handle = part.register_forward_pre_hook(lambda part, _: seen.called.add(part))
             stack.callback(handle.remove)
         stack.enter_context(torch.random.fork_rng(devices))
@@ -213,6 +216,15 @@ class Sharded(_Shared):
         # The whole must be made ready before a child is called by itself, and a run that goes on
         # at the end of an epoch validates first.
         self.module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Make whole what belongs to no part of its own: a part that is called may need it."""
+        self.module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.module.reshard()  # type: ignore[operator]
 
     def _check(self) -> None:
         from torch.distributed.tensor import DTensor, Shard

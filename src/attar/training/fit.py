@@ -211,14 +211,15 @@ def _validate(
     watch = None if stop is None or stage.ranks.world > 1 else lambda *_: stop.check()
     with averaged(loop.average):
         try:
-            rows = collect(
-                student,
-                validation,
-                choice.task,
-                device=stage.device,
-                progress=watch,
-                ranks=stage.ranks,
-            )
+            with loop.wrap.apart():
+                rows = collect(
+                    student,
+                    validation,
+                    choice.task,
+                    device=stage.device,
+                    progress=watch,
+                    ranks=stage.ranks,
+                )
         except DataError as error:
             raise DivergedError(f"epoch {loop.number + 1}: {error}") from error
         scores = choice.task.score(rows)
