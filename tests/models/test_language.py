@@ -106,3 +106,54 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     ResNetForImageClassification(small).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="is a resnet, which is no causal language model"):
         build("pretrained_language_model", shape=(16,), outputs=TOKENS, path=str(tmp_path))
+
+
+ENCODER: dict[str, Any] = {**BASE, "intermediate_size": 64, "vocab_size": TOKENS}
+NAMES = ["warm", "cold", "mild"]
+
+
+def encoder(outputs: int = 3, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return build(
+        "text_classifier", shape=(16,), outputs=outputs, architecture="bert", config=ENCODER, **more
+    ).eval()
+
+
+def test_a_text_classifier_is_saved_and_read_by_both(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = encoder(labels=NAMES)
+    save(model, tmp_path / "model")
+    expected = logits(model)
+    assert expected.shape == (2, 3)
+    assert torch.equal(logits(load(tmp_path / "model").eval()), expected)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(theirs), expected)
+    assert list(theirs.config.id2label.values()) == NAMES
+
+
+def test_a_trained_classifier_answers_in_the_order_of_the_data(tmp_path: Path) -> None:
+    model = encoder(labels=NAMES)
+    save(model, tmp_path / "model")
+    how: dict[str, Any] = {"shape": (16,), "path": str(tmp_path / "model"), "head": "keep"}
+    turned = build("pretrained_text_classifier", outputs=3, labels=NAMES[::-1], **how)
+    assert torch.equal(logits(turned), logits(model).flip(1))
+    save(turned, tmp_path / "turned")
+    assert torch.equal(logits(load(tmp_path / "turned").eval()), logits(turned))
+    with pytest.raises(DataError, match="knows 3 classes, but the data have 4"):
+        build("pretrained_text_classifier", outputs=4, **how)
+
+
+def test_a_model_without_a_head_gets_a_new_one_and_keeps_its_body(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    body = BertModel(BertConfig(**ENCODER))
+    body.save_pretrained(tmp_path)
+    how: dict[str, Any] = {"shape": (16,), "outputs": 5, "path": str(tmp_path)}
+    made: Any = build("pretrained_text_classifier", **how)
+    assert logits(made).shape == (2, 5)
+    assert torch.equal(
+        made.bert.embeddings.word_embeddings.weight, body.get_input_embeddings().weight
+    )
+    with pytest.raises(DataError, match="has no trained head"):
+        build("pretrained_text_classifier", head="keep", **how)

@@ -70,7 +70,7 @@ def test_it_is_saved_and_built_again(tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused() -> None:
     with pytest.raises(UsageError, match=r"reads token ids of shape \[S\]"):
         models.build("bilstm", shape=(1, 8, 8), outputs=3, vocabulary=20)
-    with pytest.raises(UsageError, match="needs the option 'vocabulary'"):
+    with pytest.raises(UsageError, match="do not tell how many token ids there are"):
         models.build("bilstm", shape=(6,), outputs=3)
 
 

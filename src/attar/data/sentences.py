@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attar.data.checks import Array, class_names, label_array
 from attar.data.source import Source, row_numbers
-from attar.data.tokens import Ragged, Tokenizer, encoded, padding_of
+from attar.data.tokens import Ragged, Tokenizer, encoded, padding_of, vocabulary_of
 from attar.data.types import Batch
 from attar.runtime import DataError, UsageError
 
@@ -81,7 +81,9 @@ def sentences(
     names = class_names(classes, name)
     found = None if labels is None else label_array(labels, len(texts), names, name)
     padding = padding_of(tokenizer) if pad is None else pad
-    return SentenceSource(tokens, found, classes=names, length=length, pad=padding, name=name)
+    made = SentenceSource(tokens, found, classes=names, length=length, pad=padding, name=name)
+    made.vocabulary = vocabulary_of(tokenizer)
+    return made
 
 
 class SentenceSource(Source):

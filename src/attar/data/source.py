@@ -69,9 +69,7 @@ class Source(ABC):
 
     @property
     def outputs(self) -> int | None:
-        """How many numbers a model must give: classes, tokens, or the columns of the labels."""
-        if self.vocabulary is not None:
-            return self.vocabulary
+        """How many numbers a model must give: the classes, or the columns of the labels."""
         if self.classes is not None:
             return len(self.classes)
         labels = self.labels
@@ -274,6 +272,11 @@ class Subset(Source):
     def labels(self) -> Tensor | None:
         labels = self._source.labels
         return None if labels is None else labels[self._ids]
+
+    @property
+    def outputs(self) -> int | None:
+        """Those of the other source."""
+        return self._source.outputs
 
     def rows(self, ids: Tensor) -> Batch:
         picked = self._ids.numpy().take(row_numbers(self, ids))

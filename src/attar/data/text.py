@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attar.data.source import Source, row_numbers
-from attar.data.tokens import encoded
+from attar.data.tokens import encoded, vocabulary_of
 from attar.data.types import Batch
 from attar.runtime import DataError, UsageError
 
@@ -139,6 +139,11 @@ class TextSource(Source):
         """The next token of each position, int64 [N, S]; -100 where nothing is learned."""
         return torch.from_numpy(self._columns["labels"]).long()
 
+    @property
+    def outputs(self) -> int | None:
+        """How many tokens a model must choose from."""
+        return self.vocabulary
+
     def rows(self, ids: Tensor) -> Batch:
         picked = row_numbers(self, ids)
         taken = {key: values.take(picked, 0) for key, values in self._columns.items()}
@@ -188,8 +193,7 @@ class _Piece:
 
 def _words(tokenizer: Any, eos: int | str | None, vocabulary: int | None, name: str) -> _Words:
     table = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    if vocabulary is None and table:
-        vocabulary = max(table.values()) + 1  # there may be holes, so not their number
+    vocabulary = vocabulary_of(tokenizer) if vocabulary is None else vocabulary
     if isinstance(eos, str) and eos not in table:
         raise DataError(f"{name}: the tokenizer has no token {eos!r}; name its end token")
     end: Any = table[eos] if isinstance(eos, str) else eos

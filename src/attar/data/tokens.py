@@ -120,6 +120,12 @@ def read_tokenizer(path: str) -> Tokenizer:
         ) from None
 
 
+def vocabulary_of(tokenizer: Tokenizer) -> int | None:
+    """How many token ids there are; None where the tokenizer does not say."""
+    table = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(table.values()) + 1 if table else None  # there may be holes, so not their number
+
+
 def padding_of(tokenizer: Tokenizer) -> int:
     """The id that the tokenizer pads with; 0 where it has none."""
     if hasattr(tokenizer, "pad_token_id"):

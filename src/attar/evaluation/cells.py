@@ -42,6 +42,11 @@ HINTS = {
     "agreement": "how often the answer is the teacher's, right or wrong",
     "kl": "how far its probabilities are from the teacher's, in nats; lower is better",
     "rmse_to_teacher": "root mean squared difference from the teacher, in the target's units",
+    "nats_above_teacher": "cross-entropy of a token beyond the teacher's; lower is better",
+    "spearman": "rank correlation of similarities with those wanted; 1 is perfect",
+    "similarity_spearman": "rank correlation of similarities with the teacher's; 1 is the same",
+    "recall_at_1": "how often the nearest neighbour is the teacher's",
+    "recall_at_10": "share of the teacher's ten nearest neighbours among its own ten",
 }
 LABELS = {"kl": "KL to the teacher", "agreement": "agreement with teacher"}
 

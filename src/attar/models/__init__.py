@@ -7,7 +7,12 @@ from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
 from attar.models.group import Group
 from attar.models.hub import is_foreign, own_classes, pretrained
-from attar.models.language import language_model, pretrained_language_model
+from attar.models.language import (
+    language_model,
+    pretrained_language_model,
+    pretrained_text_classifier,
+    text_classifier,
+)
 from attar.models.reuse import reuse_head
 from attar.models.store import load, load_weights, read_extra, save
 from attar.models.text import bilstm
@@ -31,11 +36,13 @@ __all__ = [
     "own_classes",
     "pretrained",
     "pretrained_language_model",
+    "pretrained_text_classifier",
     "projectors",
     "read_extra",
     "resnet",
     "reuse_head",
     "save",
+    "text_classifier",
     "timm",
     "transfer",
     "transferable",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,11 +17,117 @@ from attar.runtime import UsageError, suggest
 
 INSTALL = 'pip install "attar[transformers]"'
 
-# They read more than pixels, are configured by nested configs, or are another library's.
-_LEFT_OUT = {
-    "clip", "imagegpt", "metaclip_2", "perceiver", "shieldgemma2", "siglip", "siglip2",
-    "timm_wrapper",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model of transformers is for.
+
+    Attributes:
+        family: that of attar, for messages.
+        called: in words, for messages.
+        listed: where transformers lists the classes by architecture.
+        left_out: architectures that attar does not read.
+    """
+
+    family: str
+    called: str
+    listed: str
+    left_out: frozenset[str] = frozenset()
+
+    def architectures(self) -> dict[str, str]:
+        """Names of the architectures, each with the name of its class."""
+        library()
+        from transformers.models.auto import modeling_auto
+
+        kinds = dict(getattr(modeling_auto, self.listed))
+        # Where there are several, the first is the one whose answer is logits alone.
+        first = {name: kind if isinstance(kind, str) else kind[0] for name, kind in kinds.items()}
+        return {name: kind for name, kind in first.items() if name not in self.left_out}
+
+    def class_of(self, config: Any) -> Any:
+        """The class of the models of this config."""
+        return getattr(library(), self.architectures()[config.model_type])
+
+    def config_class(self, architecture: str) -> Any:
+        """The class of an architecture's config; a UsageError where there is none."""
+        known = self.architectures()
+        if architecture not in known:
+            raise UsageError(
+                f"{self.family}: there is no {self.called} '{architecture:.80}'; "
+                f"{suggest(architecture, known)}"
+            )
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[architecture]
+
+    def config_values(self, architecture: str) -> list[str]:
+        """The values of an architecture's own config, without those that every config has."""
+        base = {field.name for field in dataclasses.fields(library().PreTrainedConfig)}
+        fields = dataclasses.fields(self.config_class(architecture))
+        return [f.name for f in fields if f.name not in base | {"num_labels"} and f.init]
+
+    def config(self, architecture: str, values: Mapping[str, Any]) -> Any:
+        """A config of *values*."""
+        try:
+            made = self.config_class(architecture)(**values)
+        except Exception as error:  # each config has checks and errors of its own
+            raise self.refused(architecture, error) from None
+        made.architectures = [self.architectures()[architecture]]
+        return made
+
+    def network(self, config: Any) -> Any:
+        """The model of *config*, with random weights."""
+        try:
+            return self.class_of(config)(config)
+        except Exception as error:
+            raise self.refused(config.model_type, error) from None
+
+    def classifier(
+        self, architecture: str, values: Mapping[str, Any], outputs: int, labels: Any
+    ) -> Any:
+        """A config of *values* for *outputs* classes."""
+        names = dict(enumerate(labels or (f"LABEL_{index}" for index in range(outputs))))
+        indices = {name: index for index, name in names.items()}
+        counted = {"num_labels": outputs} if _has_count(self.config_class(architecture)) else {}
+        return self.config(
+            architecture, {**values, **counted, "id2label": names, "label2id": indices}
+        )
+
+    def refused(self, architecture: str, error: Exception) -> UsageError:
+        """What a config or a model raised when it was built, as one sentence."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines) or type(error).__name__
+        return UsageError(f"{self.family}: {architecture} cannot be built so: {said:.300}")
+
+    def check_values(
+        self, architecture: str, values: Mapping[str, Any], known: Sequence[str]
+    ) -> None:
+        """Refuse a value that the config does not have, and numbers no model has."""
+        for key, value in values.items():
+            if key not in known:
+                raise UsageError(
+                    f"{self.family}: the config of {architecture} has no '{key:.80}'; "
+                    f"{suggest(key, known)}"
+                )
+            parts = any(word in key for word in ("block", "depth", "layers", "repeats", "stages"))
+            for number in _numbers(value):
+                if abs(number) > (_MOST_PARTS if parts else _MOST):
+                    raise UsageError(
+                        f"{self.family}: {key} of {architecture} may be "
+                        f"{_MOST_PARTS if parts else _MOST} at most, not {number}"
+                    )
+
+
+IMAGES = Kind(
+    "transformers",
+    "image classifier",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    # They read more than pixels, are configured by nested configs, or are another library's.
+    frozenset({
+        "clip", "imagegpt", "metaclip_2", "perceiver", "shieldgemma2", "siglip", "siglip2",
+        "timm_wrapper",
+    }),
+)  # fmt: skip
 _MOST = 2**24  # of any whole number in a config
 _MOST_PARTS = 1000  # of layers, blocks and the like, each of which is a Python object
 
@@ -73,14 +180,14 @@ def transformers(
     """
     image = image_shape(shape, "transformers")
     values = dict(config or {})
-    known = config_values(architecture)
-    check_values("transformers", architecture, values, known)
+    known = IMAGES.config_values(architecture)
+    IMAGES.check_values(architecture, values, known)
     seen = image[1:] if size is None else size
     if "num_channels" in known:
         values.setdefault("num_channels", image[0])
     if "image_size" in known:
         values.setdefault("image_size", seen[0] if seen[0] == seen[1] else list(seen))
-    made = make_config(architecture, values, outputs, labels)
+    made = IMAGES.classifier(architecture, values, outputs, labels)
     patch = getattr(made, "patch_size", 1)
     if isinstance(patch, int) and patch > min(seen):
         raise UsageError(
@@ -88,7 +195,7 @@ def transformers(
             f"images, which have {seen[0]}x{seen[1]} pixels; give config: {{patch_size: N}} or "
             "size: [H, W]"
         )
-    return dressed(network(made), image, labels, size=size, mean=mean, std=std)
+    return dressed(IMAGES.network(made), image, labels, size=size, mean=mean, std=std)
 
 
 def dressed(
@@ -100,7 +207,7 @@ def dressed(
     channels = getattr(config, "num_channels", 3)
     check_channels(config.model_type, shape[0], channels)
     give_face(model, TransformersFace, Preprocess(channels, size, mean, std))
-    kept = {name: getattr(config, name) for name in config_values(config.model_type)}
+    kept = {name: getattr(config, name) for name in IMAGES.config_values(config.model_type)}
     options = {
         "shape": shape,
         "outputs": config.num_labels,
@@ -126,90 +233,9 @@ def library() -> Any:
     return transformers
 
 
-def architectures() -> dict[str, str]:
-    """Names of the architectures, each with the name of its class."""
-    library()
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as NAMES,
-    )
-
-    kinds = {name: kind for name, kind in NAMES.items() if name not in _LEFT_OUT}
-    # Where there are several, the first is the one whose answer is logits alone.
-    return {name: kind if isinstance(kind, str) else kind[0] for name, kind in kinds.items()}
-
-
-def config_values(architecture: str) -> list[str]:
-    """The values of an architecture's own config, without those that every config has."""
-    base = {field.name for field in dataclasses.fields(library().PreTrainedConfig)}
-    fields = dataclasses.fields(_config_class(architecture))
-    return [f.name for f in fields if f.name not in base | {"num_labels"} and f.init]
-
-
-def make_config(
-    architecture: str, values: Mapping[str, Any], outputs: int, labels: Sequence[str] | None
-) -> Any:
-    """A config of *values* for *outputs* classes."""
-    kind = _config_class(architecture)
-    names = dict(enumerate(labels or (f"LABEL_{index}" for index in range(outputs))))
-    counted = {"num_labels": outputs} if _has_count(kind) else {}
-    indices = {name: index for index, name in names.items()}
-    try:
-        made = kind(**values, **counted, id2label=names, label2id=indices)
-    except Exception as error:  # each config has checks and errors of its own
-        raise refused("transformers", architecture, error) from None
-    made.architectures = [architectures()[architecture]]
-    return made
-
-
 def _has_count(kind: Any) -> bool:
     """Whether the number of classes is a field of its own, which the names do not set."""
     return any(field.name == "num_labels" for field in dataclasses.fields(kind))
-
-
-def network(config: Any) -> Any:
-    """The model of *config*, with random weights."""
-    kind = getattr(library(), architectures()[config.model_type])
-    try:
-        return kind(config)
-    except Exception as error:
-        raise refused("transformers", config.model_type, error) from None
-
-
-def refused(family: str, architecture: str, error: Exception) -> UsageError:
-    """What a config or a model raised when it was built, as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines) or type(error).__name__
-    return UsageError(f"{family}: {architecture} cannot be built so: {said:.300}")
-
-
-def _config_class(architecture: str) -> Any:
-    known = architectures()
-    if architecture not in known:
-        raise UsageError(
-            f"transformers: there is no image classifier '{architecture:.80}'; "
-            f"{suggest(architecture, known)}"
-        )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[architecture]
-
-
-def check_values(
-    family: str, architecture: str, values: Mapping[str, Any], known: Sequence[str]
-) -> None:
-    """Refuse a value that the config does not have, and numbers no model has."""
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(
-                f"{family}: the config of {architecture} has no '{key:.80}'; {suggest(key, known)}"
-            )
-        parts = any(word in key for word in ("block", "depth", "layers", "repeats", "stages"))
-        for number in _numbers(value):
-            if abs(number) > (_MOST_PARTS if parts else _MOST):
-                raise UsageError(
-                    f"{family}: {key} of {architecture} may be "
-                    f"{_MOST_PARTS if parts else _MOST} at most, not {number}"
-                )
 
 
 def _numbers(value: Any) -> list[int]:

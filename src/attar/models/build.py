@@ -16,7 +16,12 @@ from attar.models.architectures import transformers
 from attar.models.convolutional import mobilenet, resnet
 from attar.models.dense import mlp
 from attar.models.hub import pretrained
-from attar.models.language import language_model, pretrained_language_model
+from attar.models.language import (
+    language_model,
+    pretrained_language_model,
+    pretrained_text_classifier,
+    text_classifier,
+)
 from attar.models.text import bilstm
 from attar.models.timm_models import timm
 from attar.models.transformer import vit
@@ -35,7 +40,9 @@ def families() -> dict[str, Family]:
         "mobilenet": mobilenet,
         "pretrained": pretrained,
         "pretrained_language_model": pretrained_language_model,
+        "pretrained_text_classifier": pretrained_text_classifier,
         "resnet": resnet,
+        "text_classifier": text_classifier,
         "timm": timm,
         "transformers": transformers,
         "vit": vit,
@@ -57,7 +64,8 @@ def build(
         family: a name from `families`, or a function (or class) of your own,
             ``f(shape, outputs, *, options) -> nn.Module``; a ``functools.partial`` of either.
         data: a source; it supplies *shape*, *outputs* and, where the family names them, ``mean``,
-            ``std`` and ``labels`` (the names of the classes). What is given explicitly wins.
+            ``std``, ``labels`` (the names of the classes) and ``vocabulary`` (how many token ids
+            there are). What is given explicitly wins.
         shape: shape of one input, e.g. ``(1, 28, 28)``.
         outputs: number of classes or targets.
         options: the family's own; they must be JSON values.
@@ -79,6 +87,7 @@ def build(
         outputs = data.outputs if outputs is None else outputs
         options = _with_statistics(function, data, options)
         options = _with_labels(function, data, outputs, options)
+        options = _with_vocabulary(function, data, options)
     for needed, value in (("shape", shape), ("outputs", outputs)):
         if value is None:
             raise UsageError(f"{name}: {needed} is not known; pass {needed}= or labelled data=")
@@ -156,6 +165,14 @@ def _with_labels(
     if "labels" not in known or "labels" in options or classes is None or len(classes) != outputs:
         return options
     return {**options, "labels": list(classes)}
+
+
+def _with_vocabulary(function: Family, data: DataLike, options: dict[str, Any]) -> dict[str, Any]:
+    tokens = getattr(data, "vocabulary", None)
+    known, _ = _parameters(function, _name(function))
+    if "vocabulary" not in known or "vocabulary" in options or tokens is None:
+        return options
+    return {**options, "vocabulary": tokens}
 
 
 def _parameters(function: Family, name: str) -> tuple[dict[str, inspect.Parameter], bool]:

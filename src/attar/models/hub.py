@@ -14,14 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attar.models.architectures import (
-    architectures,
-    config_values,
-    dressed,
-    library,
-    make_config,
-    network,
-)
+from attar.models.architectures import IMAGES, Kind, dressed, library
 from attar.models.layers import image_shape
 from attar.models.record import RECORD, WEIGHT_FILES, printable, to_convert
 from attar.models.types import Labels, Pair, Shape, Size
@@ -73,15 +66,9 @@ def pretrained(
     image = image_shape(shape, "pretrained")
     with quiet():
         how = reached(path)
-        config = _config(path, how)
-        values = {name: getattr(config, name) for name in config_values(config.model_type)}
-        pixels = _pixels(path, values.get("image_size"), how)
-        model, absent = _model(path, config, how)
-        order = _order(path, config, outputs, labels, headless=bool(absent))
-        if isinstance(order, str) and head == "keep":
-            raise DataError(f"{path}: {order}")
-        made = make_config(config.model_type, values, outputs, labels or _names(config, order))
-        model = _with_head(model, made, order, absent, path)
+        config = config_of(path, how, IMAGES)
+        pixels = _pixels(path, getattr(config, "image_size", None), how)
+        model = fitted_model(path, config, how, outputs, labels, head, IMAGES)
     mean, std = pixels["mean"], pixels["std"]
     size = pixels["size"] if size is None else size
     return dressed(model.eval(), image, labels, size=size, mean=mean, std=std)
@@ -100,7 +87,7 @@ def is_foreign(path: str) -> bool:
 def own_classes(path: str) -> list[str]:
     """What the classes of a model for `pretrained` are called, in its own order."""
     with quiet():
-        names = _config(path, reached(path)).id2label
+        names = config_of(path, reached(path), IMAGES).id2label
     return [str(names[index]) for index in range(len(names))]
 
 
@@ -127,16 +114,15 @@ def _tell(line: str) -> None:
     print(f"attar: {line}", file=sys.stderr, flush=True)
 
 
-def _config(path: str, how: dict[str, Any]) -> Any:
+def config_of(path: str, how: dict[str, Any], kind: Kind) -> Any:
     """The config of the model at *path*, of an architecture that attar reads."""
-    hf = library()
     check_folder(path)
     with explained(path):
-        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False, **how)
-    if config.model_type not in architectures():
+        config = library().AutoConfig.from_pretrained(path, trust_remote_code=False, **how)
+    if config.model_type not in (known := kind.architectures()):
         raise DataError(
-            f"{path}: is a {printable(str(config.model_type))[:80]}, which is no image classifier "
-            f"that attar reads; it reads {', '.join(sorted(architectures()))}"
+            f"{path}: is a {printable(str(config.model_type))[:80]}, which is no {kind.called} "
+            f"that attar reads; it reads {', '.join(sorted(known))}"
         )
     return config
 
@@ -160,11 +146,31 @@ def check_folder(path: str) -> None:
         raise DataError(f"{path}: holds no model.safetensors; save it with save_pretrained")
 
 
-def _model(path: str, config: Any, how: dict[str, Any]) -> tuple[Any, set[str]]:
+def fitted_model(
+    path: str,
+    config: Any,
+    how: dict[str, Any],
+    outputs: int,
+    labels: Sequence[str] | None,
+    head: Head,
+    kind: Kind,
+) -> Any:
+    """The classifier at *path*, its classes in the data's order; on ``auto`` maybe a new head."""
+    values = {name: getattr(config, name) for name in kind.config_values(config.model_type)}
+    model, absent = weighted(path, config, how, kind)
+    if lost := sorted(absent - _head_tensors(config, kind)):
+        raise lacking(path, config, lost)
+    order = _order(path, config, outputs, labels, headless=bool(absent))
+    if isinstance(order, str) and head == "keep":
+        raise DataError(f"{path}: {order}")
+    made = kind.classifier(config.model_type, values, outputs, labels or _names(config, order))
+    return _with_head(model, made, order, absent, kind)
+
+
+def weighted(path: str, config: Any, how: dict[str, Any], kind: Kind) -> tuple[Any, set[str]]:
     """The model with the folder's weights, and the tensors that the folder did not have."""
-    kind = getattr(library(), architectures()[config.model_type])
     with explained(path):
-        model, info = kind.from_pretrained(
+        model, info = kind.class_of(config).from_pretrained(
             path,
             config=config,
             use_safetensors=True,
@@ -172,21 +178,25 @@ def _model(path: str, config: Any, how: dict[str, Any]) -> tuple[Any, set[str]]:
             output_loading_info=True,
             **how,
         )
-    absent = set(info["missing_keys"])
-    if lost := sorted(absent - head_tensors(config)):
-        raise DataError(
-            f"{path}: its weights lack {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}, so they "
-            f"are not those of a {config.model_type}; use another copy"
-        )
-    return model, absent
+    return model, set(info["missing_keys"])
 
 
-def head_tensors(config: Any) -> set[str]:
+def lacking(path: str, config: Any, lost: Sequence[str]) -> DataError:
+    """What to say of weights that are not all there."""
+    return DataError(
+        f"{path}: its weights lack {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}, so they "
+        f"are not those of a {config.model_type}; use another copy"
+    )
+
+
+def _head_tensors(config: Any, kind: Kind) -> set[str]:
     """The tensors whose first dimension is the number of classes, by trying one class more."""
-    values = {name: getattr(config, name) for name in config_values(config.model_type)}
+    values = {name: getattr(config, name) for name in kind.config_values(config.model_type)}
     with torch.device("meta"):
         one, more = (
-            network(make_config(config.model_type, values, config.num_labels + extra, None))
+            kind.network(
+                kind.classifier(config.model_type, values, config.num_labels + extra, None)
+            )
             for extra in (0, 1)
         )
     other = more.state_dict()
@@ -232,9 +242,11 @@ def _names(config: Any, order: list[int] | str) -> list[str] | None:
     return None if isinstance(order, str) else [config.id2label[index] for index in order]
 
 
-def _with_head(model: Any, config: Any, order: list[int] | str, absent: set[str], path: str) -> Any:
+def _with_head(
+    model: Any, config: Any, order: list[int] | str, absent: set[str], kind: Kind
+) -> Any:
     """The model with its head in the data's order, or with a new one of random weights."""
-    heads = head_tensors(model.config)
+    heads = _head_tensors(model.config, kind)
     if isinstance(order, list):
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
@@ -242,7 +254,7 @@ def _with_head(model: Any, config: Any, order: list[int] | str, absent: set[str]
                     tensor.copy_(tensor[order].clone())
         model.config = config
         return model
-    fresh = network(config)
+    fresh = kind.network(config)
     body: dict[str, Tensor] = {
         name: tensor for name, tensor in model.state_dict().items() if name not in heads | absent
     }

@@ -1,29 +1,37 @@
-"""Causal language models of the library transformers: token ids in, logits of the next token."""
+"""Models of the library transformers that read tokens: causal language models, text classifiers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from attar.models.architectures import check_values, library, refused
+from attar.models.architectures import Kind
 from attar.models.faces import faced
-from attar.models.hub import check_folder, explained, quiet, reached
-from attar.models.record import printable
-from attar.models.types import Shape, Size
-from attar.runtime import DataError, UsageError, suggest
+from attar.models.hub import Head, config_of, fitted_model, lacking, quiet, reached, weighted
+from attar.models.types import Labels, Shape, Size
+from attar.runtime import DataError, UsageError
 
-FAMILY = "language_model"
-# They read more than tokens, or remember what went before in a state that packing would mix up.
-_LEFT_OUT = {"git", "musicgen", "musicgen_melody", "xlnet", "xlm", "reformer", "rwkv", "speecht5"}
+CAUSAL = Kind(
+    "language_model",
+    "causal language model",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    # They read more than tokens, or not from left to right.
+    frozenset({"git", "musicgen", "musicgen_melody", "reformer", "speecht5", "xlm", "xlnet"}),
+)
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+TEXTS = Kind(
+    "text_classifier",
+    "text classifier",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    # They read more than tokens, or as many of them as they were made for.
+    frozenset({"layoutlm", "layoutlmv2", "layoutlmv3", "perceiver", "reformer"}),
+)
 
 
-class LanguageFace(nn.Module):
+class TokensFace(nn.Module):
     """A model of transformers that `attar.models.save` also writes as transformers would."""
 
     config: Any
@@ -53,17 +61,12 @@ def language_model(
     have; windows longer than the model reads (UsageError).
     """
     values = dict(config or {})
-    check_values("language_model", architecture, values, _values(architecture))
+    CAUSAL.check_values(architecture, values, _values(CAUSAL, architecture))
     values["vocab_size"] = max(outputs, values.get("vocab_size", 0))
-    made = _made(architecture, values)
-    _check_length(made, shape)
-    kind = getattr(library(), language_models()[architecture])
     with quiet():
-        try:
-            model = kind(made)
-        except Exception as error:
-            raise refused("language_model", architecture, error) from None
-    return _recorded(model, shape, outputs)
+        made = CAUSAL.config(architecture, values)
+        check_length(made, shape)
+        return recorded(CAUSAL.network(made), shape, outputs, CAUSAL)
 
 
 def pretrained_language_model(shape: Shape, outputs: Size, *, path: str) -> nn.Module:
@@ -84,77 +87,96 @@ def pretrained_language_model(shape: Shape, outputs: Size, *, path: str) -> nn.M
     """
     with quiet():
         how = reached(path)
-        check_folder(path)
-        with explained(path):
-            config = library().AutoConfig.from_pretrained(path, trust_remote_code=False, **how)
-        if config.model_type not in language_models():
-            raise DataError(
-                f"{path}: is a {printable(str(config.model_type))[:80]}, which is no causal "
-                f"language model that attar reads; it reads {', '.join(sorted(language_models()))}"
-            )
+        config = config_of(path, how, CAUSAL)
         if config.vocab_size < outputs:
             raise DataError(
                 f"{path}: knows {config.vocab_size:,} tokens, and the data have {outputs:,}; use "
                 "the tokenizer that the model was trained with"
             )
-        _check_length(config, shape)
-        kind = getattr(library(), language_models()[config.model_type])
-        with explained(path):
-            model, info = kind.from_pretrained(
-                path,
-                config=config,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **how,
-            )
-    if lost := sorted(info["missing_keys"]):
-        raise DataError(
-            f"{path}: its weights lack {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}, so they "
-            f"are not those of a {config.model_type}; use another copy"
-        )
-    return _recorded(model.eval(), shape, outputs)
+        check_length(config, shape)
+        model, absent = weighted(path, config, how, CAUSAL)
+    if absent:
+        raise lacking(path, config, sorted(absent))
+    return recorded(model.eval(), shape, outputs, CAUSAL)
 
 
-def language_models() -> dict[str, str]:
-    """Names of the architectures, each with the name of its class."""
-    library()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+def text_classifier(
+    shape: Shape,
+    outputs: Size,
+    *,
+    architecture: str,
+    config: dict[str, Any] | None = None,
+    vocabulary: Size | None = None,
+    labels: Labels = None,
+) -> nn.Module:
+    """A text classifier of the library transformers, with random weights.
 
-    return {name: kind for name, kind in NAMES.items() if name not in _LEFT_OUT}
+    Args:
+        shape: [S], of which S is the most tokens that it reads at once.
+        outputs: number of classes.
+        architecture: what transformers calls it: ``bert``, ``distilbert``, ``roberta``, ...
+        config: values of its config class, such as ``{"hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "intermediate_size": 128}``. Left out, everything is the
+            library's default, which is large.
+        vocabulary: how many token ids there are; the data's own where they tell, and the
+            library's default for the architecture where they do not.
+        labels: names of the classes, for ``config.json``.
+
+    Tap addresses are the names of transformers, for example ``bert.encoder.layer.0`` and
+    ``classifier``.
+
+    Errors: transformers is not installed; an architecture or a config value that it does not
+    have; texts longer than the model reads (UsageError).
+    """
+    values = dict(config or {})
+    TEXTS.check_values(architecture, values, _values(TEXTS, architecture))
+    if vocabulary is not None:
+        values.setdefault("vocab_size", vocabulary)
+    with quiet():
+        made = TEXTS.classifier(architecture, values, outputs, labels)
+        check_length(made, shape)
+        return recorded(TEXTS.network(made), shape, outputs, TEXTS, labels=labels)
 
 
-def _config_class(architecture: str) -> Any:
-    known = language_models()
-    if architecture not in known:
-        raise UsageError(
-            f"language_model: there is no causal language model '{architecture:.80}'; "
-            f"{suggest(architecture, known)}"
-        )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def pretrained_text_classifier(
+    shape: Shape, outputs: Size, *, path: str, head: Head = "auto", labels: Labels = None
+) -> nn.Module:
+    """A trained model of transformers as a text classifier: BERT, DistilBERT, RoBERTa, MiniLM, ...
 
-    return CONFIG_MAPPING[architecture]
+    Only safetensors are read, no code of a repository is run, and the result is float32.
+    `attar.models.save` writes all of it, so that `load` needs neither the folder nor the hub.
+
+    Args:
+        shape: [S], of which S is the most tokens that it reads at once.
+        outputs: number of classes.
+        path: a folder with ``config.json`` and safetensors, or ``owner/name`` on the hub.
+        head: ``auto`` keeps the folder's classes where they are the data's, in whatever order,
+            and starts a new, random head where they are not, or where the folder has none;
+            ``keep`` refuses instead.
+        labels: names of the data's classes. The head's rows are put into their order; a folder
+            without names of its own (``LABEL_0``, ...) is taken to have that order.
+
+    Errors: transformers is not installed, texts longer than the model reads (UsageError); no such
+    folder or model, no safetensors, tensors that are missing, ``keep`` and other classes
+    (DataError).
+    """
+    with quiet():
+        how = reached(path)
+        config = config_of(path, how, TEXTS)
+        check_length(config, shape)
+        model = fitted_model(path, config, how, outputs, labels, head, TEXTS)
+    names = list(model.config.id2label.values())
+    return recorded(model.eval(), shape, outputs, TEXTS, labels=names)
 
 
-def _values(architecture: str) -> list[str]:
-    """The values of an architecture's config, without those of the library's own machinery."""
-    base = {field.name for field in dataclasses.fields(library().PreTrainedConfig)}
-    kind = _config_class(architecture)
-    own = [f.name for f in dataclasses.fields(kind) if f.name not in base and f.init]
+def _values(kind: Kind, architecture: str) -> list[str]:
+    """The values of an architecture's config, with two that every config of tokens has."""
+    own = kind.config_values(architecture)
     return [*own, *(name for name in ("vocab_size", "tie_word_embeddings") if name not in own)]
 
 
-def _made(architecture: str, values: Mapping[str, Any]) -> Any:
-    with quiet():
-        try:
-            made = _config_class(architecture)(**values)
-        except Exception as error:  # each config has checks and errors of its own
-            raise refused("language_model", architecture, error) from None
-    made.architectures = [language_models()[architecture]]
-    return made
-
-
-def _check_length(config: Any, shape: Sequence[int]) -> None:
+def check_length(config: Any, shape: Sequence[int]) -> None:
+    """Refuse windows that are longer than the model reads."""
     most = next((n for n in (getattr(config, name, None) for name in _LENGTHS) if n), None)
     if most is not None and shape[0] > most:
         raise UsageError(
@@ -163,18 +185,21 @@ def _check_length(config: Any, shape: Sequence[int]) -> None:
         )
 
 
-def _recorded(model: Any, shape: Sequence[int], outputs: int) -> nn.Module:
+def recorded(
+    model: Any, shape: Sequence[int], outputs: int, kind: Kind, **options: Any
+) -> nn.Module:
     """*model* with what builds it again without a file or a network."""
     config = model.config
-    values = {name: getattr(config, name) for name in _values(config.model_type)}
-    options = {
+    values = {name: getattr(config, name) for name in _values(kind, config.model_type)}
+    told = {
         "shape": list(shape),
         "outputs": outputs,
         "architecture": config.model_type,
         "config": {name: value for name, value in values.items() if _is_json(value)},
+        **options,
     }
-    model.__class__ = faced(LanguageFace, type(model))
-    model.built_as = {"family": FAMILY, "options": json.loads(json.dumps(options))}
+    model.__class__ = faced(TokensFace, type(model))
+    model.built_as = {"family": kind.family, "options": json.loads(json.dumps(told))}
     return model
 
 

@@ -74,7 +74,7 @@ def bilstm(
     shape: Shape,
     outputs: Size,
     *,
-    vocabulary: Size,
+    vocabulary: Size | None = None,
     width: Size = 128,
     hidden: Size = 128,
     depth: Count = 1,
@@ -88,7 +88,7 @@ def bilstm(
     Args:
         shape: [S], of which nothing is needed: texts may have any length.
         outputs: number of classes, or of the embedding's values.
-        vocabulary: how many token ids there are.
+        vocabulary: how many token ids there are; the data's own where they tell.
         width: size of a token's vector.
         hidden: size of the state in each direction.
         depth: layers of the LSTM.
@@ -101,5 +101,9 @@ def bilstm(
         raise UsageError(
             f"bilstm reads token ids of shape [S], but one input has shape {list(shape)}; use it "
             "with texts"
+        )
+    if vocabulary is None:
+        raise UsageError(
+            "bilstm: the data do not tell how many token ids there are; give vocabulary"
         )
     return BiLSTM(outputs, vocabulary, width, hidden, depth, pool)

@@ -47,7 +47,7 @@ class Unlabelled(Source):
 
     def __init__(self, source: Source) -> None:
         self.name, self.classes, self.shape = source.name, source.classes, source.shape
-        self.workers = source.workers
+        self.workers, self.vocabulary = source.workers, source.vocabulary
         self._source = source
 
     def __len__(self) -> int:

@@ -20,12 +20,13 @@ from attar.models import (
     own_classes,
     pretrained,
     pretrained_language_model,
+    pretrained_text_classifier,
     read_extra,
 )
 from attar.recipes.parts import Parts
 from attar.recipes.recipe import Recipe, TeacherPlan
 from attar.runtime import AttarError, DataError, PreflightError
-from attar.tasks import LanguageModelling, Regression, Task, restore
+from attar.tasks import LanguageModelling, Regression, Task, TextClassification, restore
 from attar.tasks.classes import ClassTask
 from attar.tasks.classification import Classification
 from attar.teachers import Ensemble, Function, Teacher, adapted, from_onnx, project, renamed
@@ -168,6 +169,9 @@ def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
     if isinstance(task, LanguageModelling):
         trained = partial(pretrained_language_model, path=plan.load)
         return build(trained, data=parts.student, outputs=task.width)
+    if isinstance(task, TextClassification):
+        kept = partial(pretrained_text_classifier, path=plan.load, head="keep")
+        return build(kept, data=parts.student, outputs=task.width)
     shape = parts.student.shape
     if plan.size is not None:
         shape = (shape[0], plan.size, plan.size)
