@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -662,3 +663,18 @@ def test_what_a_top_k_does_not_know_is_refused() -> None:
     none = TopK.of(teachers()["tensor"], k=0, temperatures=(4.0,))
     refused(Item(losses.kl_divergence, 1.0, none), "keeps no logits, only draws")
     refused(Item(losses.adaptive_kl, 1.0, few), "holds some of its logits")
+
+
+@pytest.mark.parametrize("name", sorted({*wide.__all__} & {*losses.__all__}))
+def test_a_wide_loss_has_the_options_and_defaults_of_the_dense_one(name: str) -> None:
+    """A person who moves from one to the other must not get another loss without a word."""
+    dense, own = (
+        {
+            option.name: option.default
+            for option in inspect.signature(getattr(room, name)).parameters.values()
+            if option.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        for room in (losses, wide)
+    )
+    own.pop("chunk_bytes")
+    assert own == dense

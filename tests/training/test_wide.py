@@ -173,7 +173,7 @@ def test_norms_of_each_terms_gradient_are_those_of_dense_logits() -> None:
     ("term", "said"),
     [
         (Term(correlation), "correlation"),
-        (Term(attention_relation), r"needs all logits \[4, 8, 40\].* 0\.0 GiB.* made block by"),
+        (Term(attention_relation), r"needs all logits \[4, 8, 40\].* 0\.0 MiB.* made block by"),
         (Term(mse, projector=linear), r"needs all logits \[4, 8, 40\]"),
     ],
 )

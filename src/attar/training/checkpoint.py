@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import attar
+from attar.models.adapters import check_mergeable
 from attar.runtime import (
     DataError,
     PreflightError,
@@ -266,6 +267,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def check_keepable(objective: nn.Module) -> None:
     """Refuse a module that keeps state outside its tensors, which no checkpoint would hold."""
     for name, part in objective.named_modules():
+        check_mergeable(part)  # as the model is saved at the end
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             raise DataError(
                 f"the module '{name}' keeps extra state, which a checkpoint cannot hold; keep it "

@@ -186,41 +186,29 @@ class Objective(Closing, nn.Module):
     ) -> tuple[list[_Part], Passes | None]:
         out, heard = self._hear(batch, told)
         kind = batch["inputs"].device.type
+        made: list[_Part] = []
+        passes = Passes() if together else None
         # Losses choose their own precision; an autocast around the caller's loop must not.
         off = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if off else nullcontext():
-            return self._compare(out, heard, batch, told, counts, progress, together)
-
-    def _compare(
-        self,
-        out: Any,
-        heard: dict[str, Any],
-        batch: dict[str, Tensor],
-        told: dict[str, Any],
-        counts: Counts,
-        progress: float,
-        together: bool,
-    ) -> tuple[list[_Part], Passes | None]:
-        counted = Counted(self.task.mask(batch), self.task.tokens(batch))
-        named = self.named(batch)
-        a_position = 1 / max(counts.positions, 1)
-        made: list[_Part] = []
-        passes = Passes() if together else None
-        for term in self._bound:
-            weight = term.weight(progress) if callable(term.weight) else term.weight
-            student, given = term.operands(heard, told, named, counted, progress)
-            if passes is not None and isinstance(student, Projected):
-                passes.add(len(made), student, term.loss, weight * a_position, given)
-                made.append(_Part(None, a_position, weight))
-                continue
-            value = term.compare(student, given, counted)
-            if value.ndim == 0:  # a relation: its share of the step's examples
-                scale = len(batch["inputs"]) / max(counts.examples, 1)
-            else:
-                scale = 1 / max(counts.examples, 1) if term.whole else a_position
-            made.append(_Part(value, scale, weight))
-        if self._labels_apart:
-            made.append(_Part(self.task.loss(out, batch), a_position, self.label_weight))
+            counted = Counted(self.task.mask(batch), self.task.tokens(batch))
+            named = self.named(batch)
+            a_position = 1 / max(counts.positions, 1)
+            for term in self._bound:
+                weight = term.weight(progress) if callable(term.weight) else term.weight
+                student, given = term.operands(heard, told, named, counted, progress)
+                if passes is not None and isinstance(student, Projected):
+                    passes.add(len(made), student, term.loss, weight * a_position, given)
+                    made.append(_Part(None, a_position, weight))
+                    continue
+                value = term.compare(student, given, counted)
+                if value.ndim == 0:  # a relation: its share of the step's examples
+                    scale = len(batch["inputs"]) / max(counts.examples, 1)
+                else:
+                    scale = 1 / max(counts.examples, 1) if term.whole else a_position
+                made.append(_Part(value, scale, weight))
+            if self._labels_apart:
+                made.append(_Part(self.task.loss(out, batch), a_position, self.label_weight))
         return made, passes
 
     def _shared(self, index: int, value: Tensor, share: float) -> Tensor:

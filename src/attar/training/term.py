@@ -236,10 +236,10 @@ class BoundTerm(nn.Module):
         """Refuse logits that are made block by block, where this term needs them all at once."""
         if not isinstance(student, Projected):
             return
-        size = 4 * math.prod(student.shape) / 2**30
+        size = 4 * math.prod(student.shape) / 2**20
         raise PreflightError(
             f"the term '{self.name}' needs all logits {list(student.shape)} of a batch at once, "
-            f"which would be {size:.1f} GiB; they are made block by block, for a loss that gives a "
+            f"which would be {size:,.1f} MiB; they are made block by block, for a loss that gives a "
             "value a row, without a projector"
         )
 
