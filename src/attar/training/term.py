@@ -239,8 +239,8 @@ class BoundTerm(nn.Module):
         size = 4 * math.prod(student.shape) / 2**20
         raise PreflightError(
             f"the term '{self.name}' needs all logits {list(student.shape)} of a batch at once, "
-            f"which would be {size:,.1f} MiB; they are made block by block, for a loss that gives a "
-            "value a row, without a projector"
+            f"which would be {size:,.1f} MiB; they are made block by block, for a loss that gives "
+            "a value a row, without a projector"
         )
 
     def _fixed(self, made: nn.Module, term: Term) -> nn.Module:
