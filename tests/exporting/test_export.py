@@ -257,11 +257,11 @@ def test_the_bound_is_one_in_ten_thousand(by: float, passes: bool) -> None:
     student = nn.Identity()
     examples = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     if passes:
-        found = largest_difference("f", lambda x: x + by, student, examples, ordered=True)
+        found = largest_difference("f", lambda x: x + by, student, (examples,), ordered=True)
         assert found == pytest.approx(by, abs=1e-6)
         return
     with pytest.raises(DataError, match="differs from the module"):
-        largest_difference("f", lambda x: x + by, student, examples, ordered=True)
+        largest_difference("f", lambda x: x + by, student, (examples,), ordered=True)
 
 
 def test_another_class_is_refused_however_small_the_difference() -> None:
@@ -272,8 +272,8 @@ def test_another_class_is_refused_however_small_the_difference() -> None:
 
     with pytest.raises(DataError, match="another one on 3 of 3 examples"):
         # The first example is asked twice: with the others, and once more at the end.
-        largest_difference("f", run, nn.Identity(), examples, ordered=True)
-    found = largest_difference("f", run, nn.Identity(), examples, ordered=False)
+        largest_difference("f", run, nn.Identity(), (examples,), ordered=True)
+    found = largest_difference("f", run, nn.Identity(), (examples,), ordered=False)
     assert found == pytest.approx(1e-6)
 
 
@@ -284,8 +284,10 @@ def test_a_file_of_one_batch_size_is_refused(known: int) -> None:
             raise RuntimeError(f"expected {known}")
         return inputs
 
-    with pytest.raises(DataError, match=rf"cannot read a batch of \d \(expected {known}\)"):
-        largest_difference("f", run, nn.Identity(), rows(5), ordered=True)
+    with pytest.raises(
+        DataError, match=rf"cannot read a batch of \[\d, \d+\] \(expected {known}\)"
+    ):
+        largest_difference("f", run, nn.Identity(), (rows(5),), ordered=True)
 
 
 def test_a_module_that_answers_at_random_is_refused(tmp_path: Path) -> None:

@@ -157,3 +157,36 @@ def test_a_model_without_a_head_gets_a_new_one_and_keeps_its_body(tmp_path: Path
     )
     with pytest.raises(DataError, match="has no trained head"):
         build("pretrained_text_classifier", head="keep", **how)
+
+
+@torch.no_grad()
+def states(model: nn.Module) -> Tensor:
+    return model(input_ids=torch.arange(32).view(2, 16) * 3).last_hidden_state
+
+
+def test_a_text_encoder_is_saved_and_read_by_both_and_starts_from_a_folder(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"shape": (16,), "outputs": 1}
+    model = build("text_encoder", architecture="bert", config=ENCODER, **how).eval()
+    save(model, tmp_path / "ours")
+    assert torch.equal(states(load(tmp_path / "ours")), states(model))
+    theirs = AutoModel.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(states(theirs), states(model))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = build("pretrained_text_encoder", path=str(tmp_path / "theirs"), **how)
+    assert torch.equal(states(again), states(model))
+    with pytest.raises(UsageError, match="there is no text encoder 't5'"):
+        build("text_encoder", architecture="t5", **how)
+    with pytest.raises(UsageError, match="there is no text encoder 'vit'"):
+        build("text_encoder", architecture="vit", **how)
+
+
+def test_the_advice_about_a_classifier_names_its_own_family(tmp_path: Path) -> None:
+    save(encoder(labels=NAMES), tmp_path)
+    how: dict[str, Any] = {"shape": (16,), "path": str(tmp_path), "head": "keep"}
+    for outputs, labels in ((4, None), (3, ["a", "b", "c"])):
+        with pytest.raises(DataError, match="name: pretrained_text_classifier, path:") as caught:
+            build("pretrained_text_classifier", outputs=outputs, labels=labels, **how)
+        assert "project" not in str(caught.value)

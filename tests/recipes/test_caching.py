@@ -71,6 +71,7 @@ def test_check_keeps_nothing_and_refuses_pixels_of_which_there_is_no_end(
         (TEACHER + "  cache: 3\n", "cache is 3: it must be a valid boolean"),
         (TEACHER + "  cache: {dtype: float8}\n", "dtype is 'float8'"),
         (TEACHER + "  cache: {top: 3, head: true}\n", "head keeps all logits, top some"),
+        (TEACHER + "  cache: {top: 200}\n", "k is 200 and draws 0 of 10 columns"),
         (TEACHER + "  cache: {rows: 3}\n", "rows"),
     ],
 )

@@ -90,6 +90,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
         if role not in plan:  # it is the student
             continue
         lines.append((role, _size(plan[role])))
+        if made := plan[role].get("made"):
+            lines += [("  made", line) for line in made["told"].splitlines()]
         members = plan[role].get("members", ())
         lines += [(f"  member {index}", _size(each)) for index, each in enumerate(members)]
     if "parameters" in plan["teacher"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attar.runtime import DataError, UsageError
+from attar.runtime.hub import HUB_ID, quiet, reached
 
 Tokenizer = Any
 """A tokenizer of ``transformers`` or of ``tokenizers``, or a function ``text -> list[int]``."""
@@ -104,20 +106,44 @@ def read_tokenizer(path: str) -> Tokenizer:
             'pip install "attar[transformers]"'
         ) from None
     place = Path(path)
-    if place.is_dir() and not any((place / name).is_file() for name in _FILES):
-        raise DataError(
-            f"{path}: holds no tokenizer ({_FILES[0]}); save it there: tokenizer.save_pretrained"
-        )
+    _check_place(place, path)
+    how = reached(path)
     try:
         if place.is_file():
             return Whole.from_file(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with quiet():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **how)
     except Exception as error:  # every layer below has errors of its own
         said = " ".join(str(error).split())[:200] or type(error).__name__
+        said = "it does not answer, and there is no earlier download" if how else said
+        if place.exists():
+            raise DataError(
+                f"{path}: no tokenizer can be read there ({said}); give another copy, such as that "
+                "of the teacher"
+            ) from None
         raise DataError(
-            f"{path}: no tokenizer can be read there ({said}); give the folder of the teacher, or "
-            "its tokenizer.json"
+            f"{path}: there is no such folder, and the hub did not give such a tokenizer ({said}); "
+            "check the name, or download it where there is a network and give its folder"
         ) from None
+
+
+def _check_place(place: Path, path: str) -> None:
+    """Refuse what is neither a file, nor a folder with a tokenizer, nor a name on the hub."""
+    if place.is_dir() and not any((place / name).is_file() for name in _FILES):
+        raise DataError(
+            f"{place}: holds no tokenizer ({_FILES[0]}); give the folder that the teacher's was "
+            "saved in, or save it there: tokenizer.save_pretrained"
+        )
+    local = place.parent.is_dir() or place.suffix == ".json"
+    if place.exists() or (HUB_ID.fullmatch(path) and not local):
+        return
+    beside = place.parent.iterdir() if place.parent.is_dir() else ()
+    near = get_close_matches(place.name, [entry.name for entry in beside], n=1, cutoff=0.85)
+    hint = f"did you mean '{place.parent / near[0]}'? Else give" if near else "give"
+    raise DataError(
+        f"{path}: there is no such file or folder; {hint} the folder of the teacher, its "
+        "tokenizer.json, or owner/name on the hub"
+    )
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> int | None:

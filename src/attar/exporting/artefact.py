@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from attar.evaluation import cost
+from attar.exporting.tokens import reads_tokens
 from attar.runtime import DataError, first_line
 
 TOLERANCE = 1e-4
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,68 +48,88 @@ class Artefact:
 
 
 class Runner(nn.Module):
-    """A function with the face of a module, so that all formats are timed in the same way."""
+    """A function with the face of a module, so that all formats are timed in the same way.
 
-    def __init__(self, run: Run) -> None:
+    Where it takes several tensors they come as one, [n, how many, ...].
+    """
+
+    def __init__(self, run: Run, several: bool = False) -> None:
         super().__init__()
+        self.several = several
         # Held in a tuple: an exported program is a module, and cannot be told eval().
         self.held = (run,)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.held[0](inputs)
+        parts = inputs.unbind(1) if self.several else (inputs,)
+        return self.held[0](*(part.contiguous() for part in parts))
 
 
 def largest_difference(
-    name: str, run: Run, module: nn.Module, examples: Tensor, *, ordered: bool
+    name: str, run: Run, module: nn.Module, examples: tuple[Tensor, ...], *, ordered: bool
 ) -> float:
     """The largest absolute difference between *run* and *module*, both on the CPU.
 
     Asked with one example, with all, and with one more than all, since a file may have kept the
-    batch size it was traced with.
+    batch size it was traced with; of tokens with half of each text too, as it may have kept the
+    length.
 
     Args:
         ordered: whether the place of the largest output is an answer, so must be the same.
 
     Raises:
-        DataError: it is above 1e-4, or the largest output stands elsewhere for some example.
+        DataError: it is above 1e-4 (where a module answers at every token, above 1e-4 of the
+            largest answer, if that is more than 1), or the largest output stands elsewhere for
+            some example.
     """
-    largest, elsewhere = 0.0, 0
-    for batch in (examples[:1], examples, torch.cat([examples, examples[:1]])):
-        expected, found = module(batch), _answer(name, run, batch)
+    largest, elsewhere, allowed = 0.0, 0, TOLERANCE
+    for batch in _batches(examples):
+        expected, found = module(*batch), _answer(name, run, batch)
         if found.shape != expected.shape:
             raise DataError(
                 f"{name}: gives {list(found.shape)} where the module gives "
                 f"{list(expected.shape)}, so nothing was written; export another format"
             )
+        if reads_tokens(examples) and expected.ndim == 3:
+            allowed = max(allowed, TOLERANCE * float(expected.abs().max()))
         gap = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
         largest = max(largest, float(gap.max()))
         if ordered:
             elsewhere = max(elsewhere, int((_top(found) != _top(expected)).sum()))
-    if largest > TOLERANCE or elsewhere:
+    if largest > allowed or elsewhere:
         raise DataError(
-            f"{name}: differs from the module by up to {largest:.3g} where {TOLERANCE:g} is "
-            f"allowed, and its largest output is another one on {elsewhere} of {len(examples)} "
+            f"{name}: differs from the module by up to {largest:.3g} where {allowed:.3g} is "
+            f"allowed, and its largest output is another one on {elsewhere} of {len(examples[0])} "
             "examples, so nothing was written; export another format"
         )
     return largest
+
+
+def _batches(examples: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    yield tuple(each[:1] for each in examples)
+    yield examples
+    yield tuple(torch.cat([each, each[:1]]) for each in examples)
+    if reads_tokens(examples):
+        yield tuple(each[:, : -(-each.shape[1] // 2)] for each in examples)
 
 
 def _top(outputs: Tensor) -> Tensor:
     return outputs.reshape(len(outputs), -1).argmax(1)
 
 
-def _answer(name: str, run: Run, batch: Tensor) -> Tensor:
+def _answer(name: str, run: Run, batch: tuple[Tensor, ...]) -> Tensor:
     try:
-        return run(batch)
+        return run(*batch)
     except Exception as error:
         said = first_line(error)
         raise DataError(
-            f"{name}: cannot read a batch of {len(batch)} ({said:.300}), so nothing was written; "
-            "export another format"
+            f"{name}: cannot read a batch of {list(batch[0].shape)} ({said:.300}), so nothing was "
+            "written; export another format"
         ) from error
 
 
-def latency(run: Run, examples: Tensor) -> tuple[dict[str, dict[str, float]], int]:
+def latency(run: Run, examples: tuple[Tensor, ...]) -> tuple[dict[str, dict[str, float]], int]:
     """Milliseconds by batch size, measured as ``attar.evaluation.cost`` does, and the threads."""
-    measured = cost(Runner(run), examples, device="cpu")
+    several = len(examples) > 1
+    given = torch.stack(examples, 1) if several else examples[0]
+    measured = cost(Runner(run, several), given, device="cpu")
     return measured.latency, measured.threads

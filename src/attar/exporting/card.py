@@ -16,11 +16,27 @@ from torch import Tensor, nn
 import attar
 from attar.evaluation import Verdict
 from attar.exporting.artefact import Artefact
+from attar.exporting.tokens import reads_tokens
+from attar.models.changed import FAMILY as CHANGED
+from attar.models.language import record_of
 from attar.runtime import UsageError, suggest
-from attar.tasks import ImageClassification, MultiLabelClassification, Regression, Task
+from attar.tasks import (
+    ImageClassification,
+    LanguageModelling,
+    MultiLabelClassification,
+    Regression,
+    SentenceEmbedding,
+    Task,
+)
 from attar.tasks.classes import ClassTask
 from attar.tasks.classification import Classification
 
+AUTO = {
+    "language_model": "AutoModelForCausalLM",
+    "text_classifier": "AutoModelForSequenceClassification",
+    "text_encoder": "AutoModel",
+    "transformers": "AutoModelForImageClassification",
+}
 SHOWN = 100  # classes that are named
 LONGEST = 300  # signs of one text from outside
 LICENCES = {
@@ -34,8 +50,8 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-inputs = np.zeros({shape}, dtype=np.{dtype})  # your examples here, as many as you like
-(outputs,) = session.run(None, {{"inputs": inputs}})
+inputs = np.zeros({shape}, dtype=np.{dtype})  # {yours}
+{mask}(outputs,) = session.run(None, {{"inputs": inputs{fed}}})
 print(outputs.shape)
 ```"""
 
@@ -47,9 +63,9 @@ hold no code.
 import torch
 
 model = torch.export.load("model.pt2").module()
-inputs = torch.zeros({shape}, dtype=torch.{dtype})  # your examples here, as many as you like
-with torch.no_grad():
-    outputs = model(inputs)
+inputs = torch.zeros({shape}, dtype=torch.{dtype})  # {yours}
+{mask}with torch.no_grad():
+    outputs = model(inputs{given})
 print(tuple(outputs.shape))
 ```"""
 
@@ -65,6 +81,10 @@ for name, tensor in weights.items():
 ```
 
 With attar: `attar.models.load(".")`."""
+
+TRANSFORMERS = """
+
+`config.json` makes the folder one of transformers: `{auto}.from_pretrained(".")` reads it."""
 
 HOW = {
     "safetensors": ("safetensors, in plain torch", SAFETENSORS),
@@ -119,7 +139,7 @@ def card_text(
     licences: Mapping[str, str],
     module: nn.Module,
     task: Task | None,
-    examples: Tensor,
+    examples: tuple[Tensor, ...],
     outputs: Tensor,
     artefacts: Sequence[Artefact],
 ) -> str:
@@ -133,7 +153,7 @@ def card_text(
         "\n".join(_files(artefacts)),
         _checked(artefacts),
         "## Loading",
-        *_loading(examples, artefacts),
+        *_loading(module, examples, artefacts),
         "## Licence",
         "\n".join(
             f"- {title}: {escaped(licences.get(field, 'not stated'))}"
@@ -149,17 +169,19 @@ def _facts(
     card: Mapping[str, Any],
     module: nn.Module,
     task: Task | None,
-    examples: Tensor,
+    examples: tuple[Tensor, ...],
     outputs: Tensor,
 ) -> list[str]:
-    shape = ", ".join(map(str, examples.shape[1:]))
-    width = ", ".join(map(str, outputs.shape[1:]))
+    first, tokens = examples[0], reads_tokens(examples)
+    shape = "length" if tokens else ", ".join(map(str, first.shape[1:]))
+    each = "length, " if tokens and outputs.ndim == 3 else ""
+    width = each + ", ".join(map(str, outputs.shape[2 if each else 1 :]))
     return [
         f"- student: {escaped(described(module))}",
         f"- teacher: {escaped(card.get('teacher', 'not stated'))}",
         f"- data: {escaped(card.get('data', 'not stated'))}",
         f"- task: {escaped(type(task).__name__) if task else 'not stated'}",
-        f"- input: [n, {shape}], {_dtype(examples)}{_scale(task, examples)}",
+        f"- input: [n, {shape}], {_dtype(first)}{_scale(task, examples)}",
         f"- output: [n, {width}], {_dtype(outputs)}{_meaning(task)}",
         *_classes(task),
     ]
@@ -169,6 +191,10 @@ def described(module: nn.Module) -> str:
     """What a network is, in a line: its family with its options, or its class; its size."""
     built = getattr(module, "attar_build", None) or {}
     hidden = {"shape", "outputs", "mean", "std"}
+    if built.get("family") == CHANGED:
+        smaller = built["options"]["parts"]
+        built = built["options"]["start"]
+        built = {**built, "options": {**built["options"], "smaller parts": len(smaller)}}
     options = built.get("options", {}).items()
     parts = [str(built.get("family", module._get_name()))]
     parts += [f"{key} {value}" for key, value in options if key not in hidden]
@@ -180,9 +206,12 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _scale(task: Task | None, examples: Tensor) -> str:
+def _scale(task: Task | None, examples: tuple[Tensor, ...]) -> str:
     """How pixels become numbers; what else is done to them, the network does itself."""
-    images = isinstance(task, MultiLabelClassification) and examples.ndim == 4
+    if reads_tokens(examples):
+        more = "; and attention [n, length], 1 at each real token" if len(examples) > 1 else ""
+        return f", token ids of the teacher's tokenizer{more}"
+    images = isinstance(task, MultiLabelClassification) and examples[0].ndim == 4
     if not (images or isinstance(task, ImageClassification)):
         return ""
     return ", pixels / 255, so in [0, 1]; all other normalising is inside the network"
@@ -195,6 +224,10 @@ def _meaning(task: Task | None) -> str:
         return f", standardised: value = output x std + mean, with mean {mean} and std {std}"
     if isinstance(task, MultiLabelClassification):
         return ", logits in the order of the classes; the sigmoid of each is its probability"
+    if isinstance(task, LanguageModelling):
+        return ", logits of the next token; a row is one document from its first token on"
+    if isinstance(task, SentenceEmbedding):
+        return f", the embedding of each text ({task.pooling} pooling)"
     return ", logits in the order of the classes" if isinstance(task, Classification) else ""
 
 
@@ -254,13 +287,39 @@ def _checked(artefacts: Sequence[Artefact]) -> str:
     )
 
 
-def _loading(examples: Tensor, artefacts: Sequence[Artefact]) -> list[str]:
+def _loading(
+    module: nn.Module, examples: tuple[Tensor, ...], artefacts: Sequence[Artefact]
+) -> list[str]:
     parts = ["None of this needs attar."]
-    fill = {"shape": (1, *examples.shape[1:]), "dtype": _dtype(examples)}
     for made in artefacts:
         title, how = HOW[made.format]
-        parts += [f"### {title}", how if made.format == "safetensors" else how.format(**fill)]
+        if made.format == "safetensors":
+            auto = AUTO.get(_family(module))
+            text = how + (TRANSFORMERS.format(auto=auto) if auto else "")
+        else:
+            text = how.format(**_filled(made.format, examples))
+        parts += [f"### {title}", text]
     return parts
+
+
+def _filled(form: str, examples: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What differs in the code that calls a file."""
+    tokens, masked = reads_tokens(examples), len(examples) > 1
+    library = "np" if form == "onnx" else "torch"
+    yours = "token ids, as many and as long as you like" if tokens else ""
+    return {
+        "shape": (1, *examples[0].shape[1:]),
+        "dtype": _dtype(examples[0]),
+        "yours": yours or "your examples here, as many as you like",
+        "mask": f"attention = {library}.ones_like(inputs)  # 0 where padded\n" if masked else "",
+        "fed": ', "attention": attention' if masked else "",
+        "given": ", attention" if masked else "",
+    }
+
+
+def _family(module: nn.Module) -> str:
+    built = getattr(module, "attar_build", None) or record_of(module) or {}
+    return str(built.get("family"))
 
 
 def _versions(card: Mapping[str, Any], artefacts: Sequence[Artefact]) -> str:

@@ -18,26 +18,28 @@ from attar.evaluation.rows import evaluating
 from attar.exporting.artefact import Artefact, Run, largest_difference, latency
 from attar.exporting.card import LICENCES, Card, card_text, check_card
 from attar.exporting.onnx import check_onnx, onnx_bytes, onnx_run
+from attar.exporting.tokens import Example, asked, examples_of, fewer, reads_tokens
 from attar.exporting.tracing import pt2_bytes, pt2_run, traced
-from attar.models import families, load, save
+from attar.models import load, merged, save
+from attar.models.changed import builders
 from attar.runtime import UsageError, first_line, suggest, write_atomic
 from attar.runtime.files import at_work, make_folder, remove, sync_folder
-from attar.tasks import Task
+from attar.tasks import LanguageModelling, Task
 
 Format = Literal["safetensors", "onnx", "torch_export"]
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torch_export": "model.pt2"}
 README = "README.md"
-WRITTEN = {*FILES.values(), "model.json", README}
+FOREIGN = {"config.json", "preprocessor_config.json"}  # by which transformers reads the folder
+WRITTEN = {*FILES.values(), "model.json", README, *FOREIGN}
 GRAPHS = {"onnx", "torch_export"}  # written from a traced program
-MOST = 256  # examples that a file is checked on
 
 
 def export(
     module: nn.Module,
     folder: str | Path,
     *,
-    example: Tensor,
+    example: Example,
     formats: Sequence[Format] = ("safetensors",),
     task: Task | None = None,
     card: Card | None = None,
@@ -47,21 +49,28 @@ def export(
 ) -> dict[str, Artefact]:
     """Write *module* into *folder* in each of *formats*, with a model card.
 
-    - ``safetensors``: ``model.safetensors`` and ``model.json``, as ``attar.models.save``;
+    - ``safetensors``: ``model.safetensors`` and ``model.json``, as ``attar.models.save``; of a
+      model of transformers ``config.json`` too;
     - ``onnx``: ``model.onnx``, one file, any batch size, opset 20 (needs ``attar[onnx]``);
     - ``torch_export``: ``model.pt2`` of ``torch.export``, any batch size.
 
+    Of a model of tokens [n, S] these two read any length too; texts have a second input,
+    ``attention`` [n, S], 1 at each real token. A language model reads a document a row and no
+    positions. Adapters of peft are merged into the weights (`attar.models.merged`).
+
     Every file is run against the module before the folder appears, in eval mode on the CPU, on
     up to 256 examples and on one alone: no output may differ by more than 1e-4, and the largest
-    output of each example must be the same one (not asked of a regression). All formats
-    are written, or none.
+    output of each example must be the same one (not asked of a regression, nor of a language
+    model, whose 1e-4 is of its largest logit). All formats are written, or none.
 
     Args:
-        module: reads one tensor [n, ...] and returns one, in float32 or float64. It comes back
-            as it was: mode, device, weights.
+        module: reads one tensor [n, ...] and returns one, in float32 or float64; or a model of
+            tokens, as its task calls it. It comes back as it was: mode, device, weights.
         folder: new or empty, or an earlier export, which is replaced as a whole.
-        example: [n, ...], real inputs, n at least 1. None of it is written to any file.
-        task: told in the card and kept with the weights.
+        example: [n, ...], real inputs, n at least 1; of texts a batch with ``inputs`` and
+            ``attention``. None of it is written to any file.
+        task: which of a model's outputs is asked for, where it reads tokens; told in the card and
+            kept with the weights.
         card: what it tells beside the licences, see ``Card``.
         licence, teacher_licence, data_licence: told in the card; "not stated" when left out.
 
@@ -80,14 +89,18 @@ def export(
     target = Path(folder)
     _check_formats(formats, module)
     check_card(told, licences)
-    examples = _examples(example)
+    examples = examples_of(example)
     _check_folder(target)
     with evaluating(module, torch.device("cpu")), _draft_of(target) as draft:
-        outputs = _outputs(module, examples)
+        original = asked(module, examples, task)
+        few = 1 if reads_tokens(examples) else len(examples[0])  # logits of tokens are many
+        outputs = _outputs(original, tuple(each[:few] for each in examples))
+        examples = fewer(examples, outputs)
+        module = merged(module)
         runs = _written(module, draft, formats, task, examples)
-        ordered = task is None or task.competing
+        ordered = (task is None or task.competing) and not isinstance(task, LanguageModelling)
         made = [
-            _artefact(name, draft, target, run, module, examples, ordered)
+            _artefact(name, draft, target, run, original, examples, ordered)
             for name, run in runs.items()
         ]
         text = card_text(told, licences, module, task, examples, outputs, made)
@@ -95,23 +108,26 @@ def export(
     return {artefact.format: artefact for artefact in made}
 
 
-def check_export(module: nn.Module, *, example: Tensor, formats: Sequence[Format]) -> None:
+def check_export(
+    module: nn.Module, *, example: Example, formats: Sequence[Format], task: Task | None = None
+) -> None:
     """Refuse what `export` would refuse, before the module is trained; nothing is written.
 
     Args:
-        module, example, formats: as in ``export``; the weights may be random.
+        module, example, formats, task: as in ``export``; the weights may be random.
 
     Raises:
         UsageError: an unknown format, a missing library, or a module that cannot be said in a
             format.
     """
     _check_formats(formats, module)
-    examples = _examples(example)
+    examples = examples_of(example)
     with evaluating(module, torch.device("cpu")):
-        _outputs(module, examples)
-        program = traced(module, examples) if set(formats) & GRAPHS else None
-        if program is not None and "onnx" in formats:
-            onnx_bytes(program)
+        _outputs(asked(module, examples, task), examples)
+        whole = asked(merged(module), examples, task)
+        graph = traced(whole, examples) if set(formats) & GRAPHS else None
+        if graph is not None and "onnx" in formats:
+            onnx_bytes(graph)
 
 
 def _check_formats(formats: Sequence[str], module: nn.Module) -> None:
@@ -133,21 +149,15 @@ def _check_formats(formats: Sequence[str], module: nn.Module) -> None:
         check_onnx(module)
 
 
-def _examples(example: Tensor) -> Tensor:
-    if not isinstance(example, Tensor) or example.ndim < 1 or len(example) == 0:
-        raise UsageError("example must be a tensor of real inputs [n, ...] with n at least 1")
-    return example[:MOST].detach().cpu().contiguous()
-
-
-def _outputs(module: nn.Module, examples: Tensor) -> Tensor:
+def _outputs(module: nn.Module, examples: tuple[Tensor, ...]) -> Tensor:
     try:
-        outputs = module(examples)
+        outputs = module(*examples)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         said = first_line(error)
         raise UsageError(
-            f"the module cannot read the example {list(examples.shape)}: {said:.300}"
+            f"the module cannot read the example {list(examples[0].shape)}: {said:.300}"
         ) from error
-    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(examples):
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(examples[0]):
         raise UsageError(
             f"the module returns a {type(outputs).__name__}, but what is exported returns one "
             "tensor [n, ...]; wrap it in a module that returns its main output"
@@ -156,30 +166,40 @@ def _outputs(module: nn.Module, examples: Tensor) -> Tensor:
 
 
 def _written(
-    module: nn.Module, draft: Path, formats: Sequence[str], task: Task | None, examples: Tensor
+    module: nn.Module,
+    draft: Path,
+    formats: Sequence[str],
+    task: Task | None,
+    examples: tuple[Tensor, ...],
 ) -> dict[str, Run]:
     """Write every file into *draft*; what each answers when it is read back."""
     runs: dict[str, Run] = {}
     graphs = {"onnx": (onnx_bytes, onnx_run), "torch_export": (pt2_bytes, pt2_run)}
-    program = traced(module, examples) if GRAPHS & set(formats) else None
+    whole = asked(module, examples, task)
+    graph = traced(whole, examples) if GRAPHS & set(formats) else None
     for name in formats:
         if name == "safetensors":
             save(module, draft, extra={"task": task.describe()} if task else None)
-            runs[name] = _safetensors_run(module, draft)
+            runs[name] = _safetensors_run(module, draft, examples, task)
             continue
-        assert program is not None
+        assert graph is not None
         to_bytes, run_of = graphs[name]
-        data = to_bytes(program)
+        data = to_bytes(graph)
         write_atomic(draft / FILES[name], data)
         runs[name] = run_of(data)  # the bytes in hand, not a file that another could change
     return runs
 
 
-def _safetensors_run(module: nn.Module, folder: Path) -> Run:
-    if getattr(module, "attar_build", {}).get("family") in families():
-        return load(folder)
+def _safetensors_run(
+    module: nn.Module, folder: Path, examples: tuple[Tensor, ...], task: Task | None
+) -> Run:
+    if getattr(module, "attar_build", {}).get("family") in builders():
+        return asked(load(folder), examples, task)
     weights = load_file(folder / FILES["safetensors"])
-    return lambda inputs: torch.func.functional_call(module, weights, (inputs,))
+    whole = asked(module, examples, task)
+    if whole is not module:
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return lambda *inputs: torch.func.functional_call(whole, weights, inputs)
 
 
 def _artefact(
@@ -188,7 +208,7 @@ def _artefact(
     target: Path,
     run: Run,
     module: nn.Module,
-    examples: Tensor,
+    examples: tuple[Tensor, ...],
     ordered: bool,
 ) -> Artefact:
     data = (draft / FILES[name]).read_bytes()
@@ -200,7 +220,7 @@ def _artefact(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         difference=difference,
-        examples=len(examples),
+        examples=len(examples[0]),
         latency=times,
         threads=threads,
     )
@@ -217,9 +237,10 @@ def _check_folder(target: Path) -> None:
         return
     if not target.is_dir():
         raise UsageError(f"{target}: is a file, but a model is exported into a folder")
+    known = WRITTEN if (target / README).is_file() else WRITTEN - FOREIGN
     with os.scandir(target) as entries:
         for entry in entries:
-            if entry.name not in WRITTEN or not entry.is_file(follow_symlinks=False):
+            if entry.name not in known or not entry.is_file(follow_symlinks=False):
                 raise UsageError(
                     f"{target}: holds '{entry.name[:80]}', which no export wrote; choose a new "
                     "folder"

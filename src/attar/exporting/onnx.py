@@ -7,20 +7,19 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attar.exporting.artefact import Run
+from attar.exporting.tokens import INPUTS
+from attar.exporting.tracing import Graph
 from attar.runtime import UsageError, first_line
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 OPSET = 20  # read by onnxruntime 1.17 (2024) and later
 LIMIT = 2**31 - 1  # bytes of a protocol buffer
-INPUT, OUTPUT = "inputs", "outputs"
+OUTPUT = "outputs"
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 NOISE = "torch.onnx._internal.exporter._registration"  # names each operator of no torchvision
 
@@ -47,8 +46,10 @@ def check_onnx(module: nn.Module) -> None:
         )
 
 
-def onnx_bytes(program: ExportedProgram) -> bytes:
+def onnx_bytes(graph: Graph) -> bytes:
     """The content of one ONNX file, weights included: input ``inputs``, output ``outputs``.
+
+    Texts have a second input, ``attention``.
 
     Raises:
         UsageError: ONNX has no word for something in the program.
@@ -57,13 +58,13 @@ def onnx_bytes(program: ExportedProgram) -> bytes:
     try:
         with _quiet():
             made = torch.onnx.export(
-                program,
+                graph.program,
                 (),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT],
+                input_names=list(graph.inputs),
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: "batch"},),
+                dynamic_shapes=tuple(graph.free for _ in graph.inputs),
                 verbose=False,
             )
             assert made is not None
@@ -71,7 +72,7 @@ def onnx_bytes(program: ExportedProgram) -> bytes:
             _forget_origin(proto)
             onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        said = first_line(error)
+        said = first_line(error).partition("\x1b")[0].strip()  # what follows is in colour
         raise UsageError(
             f"torch cannot say this module in ONNX ({said:.300}); export safetensors or "
             "torch_export"
@@ -114,7 +115,8 @@ def onnx_run(data: bytes) -> Run:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
-    def run(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT: inputs.numpy()})[0])
+    def run(*inputs: Tensor) -> Tensor:
+        given = {name: each.numpy() for name, each in zip(INPUTS, inputs, strict=False)}
+        return torch.from_numpy(session.run(None, given)[0])
 
     return run

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attar.exporting.artefact import Run
+from attar.exporting.tokens import INPUTS, reads_tokens, zeros_like
 from attar.runtime import UsageError, first_line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def traced(module: nn.Module, examples: Tensor) -> ExportedProgram:
-    """The graph of *module* for any number of examples.
+class Graph(NamedTuple):
+    """A traced program: its inputs by name, and the names of the dimensions that are free."""
+
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    free: dict[int, str]
+
+
+def traced(module: nn.Module, examples: tuple[Tensor, ...]) -> Graph:
+    """The graph of *module* for any number of examples, and of tokens for any length.
 
     Zeros are what is traced, because a graph keeps its example inputs, and those would be rows
     of somebody's data.
@@ -25,29 +34,35 @@ def traced(module: nn.Module, examples: Tensor) -> ExportedProgram:
     Raises:
         UsageError: torch cannot trace the module with a free batch dimension.
     """
-    zeros = torch.zeros(2, *examples.shape[1:], dtype=examples.dtype)
+    free = {0: "batch", 1: "length"} if reads_tokens(examples) else {0: "batch"}
+    zeros = zeros_like(examples)
     try:
-        program = _traced(module, zeros, strict=False)
+        program = _traced(module, zeros, free, strict=False)
     except Exception:
         # Plain tracing fixes the batch size where a module asks len(batch); strict tracing reads
         # the Python code and does not.
         try:
-            program = _traced(module, zeros, strict=True)
+            program = _traced(module, zeros, free, strict=True)
         except Exception as error:
             said = first_line(error)
+            name = type(getattr(module, "model", module)).__name__
+            sizes = "batch size and length" if len(free) > 1 else "batch size"
             raise UsageError(
-                f"torch cannot trace the {type(module).__name__} for any batch size "
-                f"({said:.300}); take sizes from inputs.shape, or export safetensors alone"
+                f"torch cannot trace the {name} for any {sizes} ({said:.300}); take sizes from "
+                "inputs.shape, or export safetensors alone"
             ) from error
     _forget_origin(program)
-    return program
+    return Graph(program, INPUTS[: len(examples)], free)
 
 
-def _traced(module: nn.Module, inputs: Tensor, *, strict: bool) -> ExportedProgram:
-    free = {0: torch.export.Dim.DYNAMIC}
+def _traced(
+    module: nn.Module, inputs: tuple[Tensor, ...], free: dict[int, str], *, strict: bool
+) -> ExportedProgram:
+    dims: Any = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    each = tuple(dims for _ in inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, (inputs,), dynamic_shapes=(free,), strict=strict)
+        return torch.export.export(module, inputs, dynamic_shapes=each, strict=strict)
 
 
 def _forget_origin(program: ExportedProgram) -> None:
@@ -57,10 +72,10 @@ def _forget_origin(program: ExportedProgram) -> None:
             node.meta.pop("stack_trace", None)
 
 
-def pt2_bytes(program: ExportedProgram) -> bytes:
+def pt2_bytes(graph: Graph) -> bytes:
     """The content of a ``.pt2`` file."""
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(graph.program, file)
     return file.getvalue()
 
 

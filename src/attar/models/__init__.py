@@ -1,6 +1,7 @@
 """Models: families to build from, and folders of safetensors and JSON to keep them in."""
 
 from attar.models import projectors
+from attar.models.adapters import merged
 from attar.models.architectures import transformers
 from attar.models.build import build, families
 from attar.models.convolutional import mobilenet, resnet
@@ -11,7 +12,9 @@ from attar.models.language import (
     language_model,
     pretrained_language_model,
     pretrained_text_classifier,
+    pretrained_text_encoder,
     text_classifier,
+    text_encoder,
 )
 from attar.models.reuse import reuse_head
 from attar.models.store import load, load_weights, read_extra, save
@@ -31,18 +34,21 @@ __all__ = [
     "language_model",
     "load",
     "load_weights",
+    "merged",
     "mlp",
     "mobilenet",
     "own_classes",
     "pretrained",
     "pretrained_language_model",
     "pretrained_text_classifier",
+    "pretrained_text_encoder",
     "projectors",
     "read_extra",
     "resnet",
     "reuse_head",
     "save",
     "text_classifier",
+    "text_encoder",
     "timm",
     "transfer",
     "transferable",

@@ -27,12 +27,18 @@ class Kind:
         called: in words, for messages.
         listed: where transformers lists the classes by architecture.
         left_out: architectures that attar does not read.
+        pretrained: the family of attar that starts from trained weights.
+        projects: whether a teacher of other classes can be projected onto the data's.
+        within: another such list; only its architectures are read.
     """
 
     family: str
     called: str
     listed: str
     left_out: frozenset[str] = frozenset()
+    pretrained: str = "pretrained"
+    projects: bool = False
+    within: str | None = None
 
     def architectures(self) -> dict[str, str]:
         """Names of the architectures, each with the name of its class."""
@@ -42,7 +48,12 @@ class Kind:
         kinds = dict(getattr(modeling_auto, self.listed))
         # Where there are several, the first is the one whose answer is logits alone.
         first = {name: kind if isinstance(kind, str) else kind[0] for name, kind in kinds.items()}
-        return {name: kind for name, kind in first.items() if name not in self.left_out}
+        others = first if self.within is None else getattr(modeling_auto, self.within)
+        return {
+            name: kind
+            for name, kind in first.items()
+            if name not in self.left_out and name in others
+        }
 
     def class_of(self, config: Any) -> Any:
         """The class of the models of this config."""
@@ -127,6 +138,7 @@ IMAGES = Kind(
         "clip", "imagegpt", "metaclip_2", "perceiver", "shieldgemma2", "siglip", "siglip2",
         "timm_wrapper",
     }),
+    projects=True,
 )  # fmt: skip
 _MOST = 2**24  # of any whole number in a config
 _MOST_PARTS = 1000  # of layers, blocks and the like, each of which is a Python object

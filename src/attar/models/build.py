@@ -20,7 +20,9 @@ from attar.models.language import (
     language_model,
     pretrained_language_model,
     pretrained_text_classifier,
+    pretrained_text_encoder,
     text_classifier,
+    text_encoder,
 )
 from attar.models.text import bilstm
 from attar.models.timm_models import timm
@@ -41,8 +43,10 @@ def families() -> dict[str, Family]:
         "pretrained": pretrained,
         "pretrained_language_model": pretrained_language_model,
         "pretrained_text_classifier": pretrained_text_classifier,
+        "pretrained_text_encoder": pretrained_text_encoder,
         "resnet": resnet,
         "text_classifier": text_classifier,
+        "text_encoder": text_encoder,
         "timm": timm,
         "transformers": transformers,
         "vit": vit,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +16,13 @@ from attar.models.layers import image_shape
 from attar.models.record import RECORD, WEIGHT_FILES, printable, to_convert
 from attar.models.types import Labels, Pair, Shape, Size
 from attar.runtime import DataError, UsageError
+from attar.runtime.hub import HUB_ID, reached
+from attar.runtime.hub import quiet as quiet_hub
 
 Head = Literal["auto", "keep"]
 PIXELS = "preprocessor_config.json"
-# An owner's name first: a bare word is a folder or a family of attar's.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HALF = 0.5
 _LIMIT = 1 << 20  # bytes
-_PATIENCE = 5.0  # seconds for a first answer of the hub
 
 
 def pretrained(
@@ -81,7 +77,7 @@ def is_foreign(path: str) -> bool:
         return (place / "config.json").is_file() and not (place / RECORD).is_file()
     if place.exists() or place.parent.is_dir() or place.suffix.lower() in WEIGHT_FILES:
         return False
-    return bool(_HUB_ID.fullmatch(path))
+    return bool(HUB_ID.fullmatch(path))
 
 
 def own_classes(path: str) -> list[str]:
@@ -89,29 +85,6 @@ def own_classes(path: str) -> list[str]:
     with quiet():
         names = config_of(path, reached(path), IMAGES).id2label
     return [str(names[index]) for index in range(len(names))]
-
-
-def reached(path: str) -> dict[str, Any]:
-    """How to ask for *path*: of what was downloaded before alone, where the hub does not answer.
-
-    One attempt of a few seconds, and it is said: the hub's own library tries for half a minute.
-    """
-    from huggingface_hub import constants, get_session
-
-    if Path(path).exists() or not _HUB_ID.fullmatch(path) or constants.HF_HUB_OFFLINE:
-        return {}
-    _tell(f"asking the hub, {constants.ENDPOINT}, for {path}")
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-    except Exception as error:  # of whichever library it asks with
-        said = " ".join(printable(str(error)).split())[:120] or type(error).__name__
-        _tell(f"it does not answer ({said}); looking for an earlier download of {path}")
-        return {"local_files_only": True}
-    return {}
-
-
-def _tell(line: str) -> None:
-    print(f"attar: {line}", file=sys.stderr, flush=True)
 
 
 def config_of(path: str, how: dict[str, Any], kind: Kind) -> Any:
@@ -131,7 +104,7 @@ def check_folder(path: str) -> None:
     """Refuse a path that is neither a folder with safetensors nor a name on the hub."""
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or not _HUB_ID.fullmatch(path):
+        if folder.exists() or not HUB_ID.fullmatch(path):
             raise DataError(
                 f"{path}: there is no such folder; give a folder with config.json and "
                 "model.safetensors, or owner/name on the hub"
@@ -158,9 +131,11 @@ def fitted_model(
     """The classifier at *path*, its classes in the data's order; on ``auto`` maybe a new head."""
     values = {name: getattr(config, name) for name in kind.config_values(config.model_type)}
     model, absent = weighted(path, config, how, kind)
-    if lost := sorted(absent - _head_tensors(config, kind)):
+    body = f"{model.base_model_prefix}."  # what stands after it is the head, in however many parts
+    lost = sorted(name for name in absent - _head_tensors(config, kind) if name.startswith(body))
+    if lost:
         raise lacking(path, config, lost)
-    order = _order(path, config, outputs, labels, headless=bool(absent))
+    order = _order(path, config, outputs, labels, kind, headless=bool(absent))
     if isinstance(order, str) and head == "keep":
         raise DataError(f"{path}: {order}")
     made = kind.classifier(config.model_type, values, outputs, labels or _names(config, order))
@@ -204,21 +179,25 @@ def _head_tensors(config: Any, kind: Kind) -> set[str]:
 
 
 def _order(
-    path: str, config: Any, outputs: int, labels: Sequence[str] | None, *, headless: bool
+    path: str,
+    config: Any,
+    outputs: int,
+    labels: Sequence[str] | None,
+    kind: Kind,
+    *,
+    headless: bool,
 ) -> list[int] | str:
     """Which of the folder's classes each of the data's is, or why there is no telling."""
     own = [str(config.id2label[index]) for index in sorted(config.id2label)]
     named = json.dumps(path)
     advice = (
         "train a head for these: "
-        f"teacher: {{model: {{name: pretrained, path: {named}}}, train: {{epochs: 5}}}}"
+        f"teacher: {{model: {{name: {kind.pretrained}, path: {named}}}, train: {{epochs: 5}}}}"
     )
     if headless:
         return f"has no trained head; give a model that has one, or {advice}"
-    advice = (
-        "give data with its classes, project its answers onto the data's: "
-        f"teacher: {{load: {named}, project: true}}, or {advice}"
-    )
+    project = f"project its answers onto the data's: teacher: {{load: {named}, project: true}}, "
+    advice = f"give data with its classes, {project if kind.projects else ''}or {advice}"
     if len(own) != outputs:
         return f"knows {len(own)} classes, but the data have {outputs}; {advice}"
     unnamed = own == [f"LABEL_{index}" for index in range(len(own))]
@@ -338,21 +317,10 @@ def _size(value: Any) -> Pair:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no advice of transformers: what matters here is an error of attar's."""
-    logging = library().utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub = getLogger("huggingface_hub")  # tells each attempt to reach a network that is not there
-    level = hub.level
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub.setLevel(ERROR)
-    try:
+    """No bars and no advice of transformers; a UsageError where it is not installed."""
+    library()
+    with quiet_hub():
         yield
-    finally:
-        hub.setLevel(level)
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from attar.models.build import construct, families
+from attar.models.build import construct
 from attar.models.layers import chain, convolution
 from attar.models.projectors import mlp
 from attar.models.state import shape_differences, shapes_of
@@ -85,10 +85,9 @@ def reused(
     factor: Factor,
 ) -> nn.Sequential:
     """What `reuse_head` made, with random weights: how `load` builds it again."""
-    family, options = student.get("family"), student.get("options")
-    if family not in families() or not isinstance(options, dict):
-        raise UsageError(f"{FAMILY}: the student's family {family!r:.80} is none of attar's")
-    backbone = construct(families()[str(family)], str(family), options)
+    from attar.models.changed import rebuilt
+
+    backbone = rebuilt(student, "student")
     pool = _take(backbone, "pool") if map else nn.Identity()
     _take(backbone, head)
     projector = _projector(features, width, map, size, factor)
@@ -202,8 +201,10 @@ def _parts(
 
 def _note(module: Any, student: nn.Module, options: dict[str, Any]) -> None:
     """Record how *module* is built again, where attar's families can."""
+    from attar.models.changed import builders
+
     built = getattr(student, "attar_build", None)
-    if built is None or built["family"] not in families():
+    if built is None or built["family"] not in builders():
         return
     record = json.loads(json.dumps({**options, "student": built}))
     with torch.random.fork_rng(devices=[]):

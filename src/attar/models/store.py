@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.models.build import Family, construct, families, known_families
+from attar.models.adapters import merged
+from attar.models.build import Family, construct, known_families
+from attar.models.changed import builders, foreign, on_meta, skeleton
 from attar.models.faces import has_unsaved_buffers
+from attar.models.language import files_of
 from attar.models.record import (
     RECORD,
     WEIGHTS,
@@ -27,7 +30,6 @@ from attar.models.record import (
     printable,
     read_record,
 )
-from attar.models.reuse import FAMILY, reused
 from attar.models.state import (
     aliases_of,
     check_apart,
@@ -42,7 +44,7 @@ from attar.runtime import DataError, UsageError, suggest, write_atomic
 
 PENDING = f"{WEIGHTS}.new"
 FOREIGN = ("config.json", "preprocessor_config.json")
-_NOT_ON_META = {"timm"}  # its constructors compute with values
+_OF_TRANSFORMERS = {"language_model", "text_classifier", "text_encoder", "transformers"}
 
 
 def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
@@ -52,14 +54,15 @@ def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None 
     tied tensors once; ``model.json`` holds how to build the module, the names and shapes, the
     SHA-256 of the weights, and *extra* (JSON values such as class names). A model that is in
     *folder* already is replaced; a crash leaves the old one or the new one. A model of
-    transformers gets ``config.json`` and ``preprocessor_config.json`` too, so that
-    ``AutoModelForImageClassification.from_pretrained`` reads the same folder.
+    transformers gets ``config.json`` (for images ``preprocessor_config.json`` too), so that
+    ``from_pretrained`` of its class there reads the same folder. Adapters of peft are merged into
+    a copy, and that is what is saved (`merged`).
 
     Errors: tensors that are not plain and dense, or that overlap without being the same; extra
     that is not JSON; a module that `build` made and that was changed since, so that `load` could
     not build it (UsageError). Nothing is written then.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+    module = merged(getattr(module, "_orig_mod", module))  # what torch.compile wrapped
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file, but a model is saved into a folder; choose another")
@@ -91,18 +94,17 @@ def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None 
 
 def _write_beside(module: nn.Module, folder: Path) -> None:
     """Files by which another library reads the folder too; attar reads none of them."""
-    beside = getattr(module, "attar_files", None)
-    files: dict[str, bytes] = {} if beside is None else beside()
+    files = files_of(module)
     for name, content in files.items():
         write_atomic(folder / name, content)
-    if not files and _holds_transformers(folder):
-        for name in FOREIGN:  # they described the model that is replaced
+    if _holds_transformers(folder):
+        for name in set(FOREIGN) - files.keys():  # they described the model that is replaced
             (folder / name).unlink(missing_ok=True)
 
 
 def _holds_transformers(folder: Path) -> bool:
     try:
-        return read_record(folder).family == "transformers"
+        return read_record(folder).family in _OF_TRANSFORMERS
     except (DataError, FileNotFoundError):
         return False
 
@@ -173,11 +175,11 @@ def _build_record(
 ) -> tuple[str | None, dict[str, Any]]:
     built = getattr(module, "attar_build", None)
     if built is None:
-        return None, {}
+        built = foreign(module) or {"family": None, "options": {}}
+        return built["family"], built["options"]
     family, options = built["family"], built["options"]
-    if family in families() and family not in _NOT_ON_META:
-        with torch.device("meta"):
-            again = construct(families()[family], family, options)
+    if family in builders() and on_meta(family, options):
+        again = skeleton(built)
         changed = shape_differences(shapes_of(again.state_dict()), shapes_of(state))
         if changed:
             raise UsageError(
@@ -188,7 +190,7 @@ def _build_record(
 
 
 def _rebuilt(path: Path, record: Record, more: Mapping[str, Family] | None) -> nn.Module:
-    known = known_families(more) | {FAMILY: reused}
+    known = known_families(more) | builders()
     if record.family is None:
         raise DataError(
             f"{path}: the model was not made by attar.models.build, so its file does not say how "
@@ -210,7 +212,7 @@ def _rebuilt(path: Path, record: Record, more: Mapping[str, Family] | None) -> n
 def _constructed(path: Path, record: Record, function: Family) -> nn.Module:
     """A module of uninitialised or random weights, checked before a family of ours takes memory."""
     name = str(record.family)
-    if name not in families() or name in _NOT_ON_META:
+    if name not in builders() or not on_meta(name, record.options):
         with torch.random.fork_rng(devices=[]):
             return construct(function, name, record.options)
     try:

@@ -13,7 +13,7 @@ from attar.data import Source
 from attar.evaluation import Verdict
 from attar.exporting import Artefact, check_export, export
 from attar.exporting.card import described
-from attar.exporting.export import MOST
+from attar.exporting.tokens import INPUTS, MOST
 from attar.models import read_extra
 from attar.recipes.rooms import SUPPLIED
 from attar.reporting.page import read_verdict
@@ -37,12 +37,12 @@ def check_stage(job: Job, student: nn.Module) -> dict[str, Any]:
     if taken := options.keys() & SUPPLIED["stages"]:
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
     formats = options.get("formats", ("safetensors",))
-    check_export(student, example=examples(job.test, 2), formats=formats)
+    check_export(student, example=examples(job.test, 2), formats=formats, task=job.task)
     return {"formats": list(formats), "folder": FOLDER, "examples": min(MOST, len(job.test))}
 
 
-def examples(source: Source, most: int = MOST) -> Tensor:
-    """The first inputs of *source*, which files are checked on.
+def examples(source: Source, most: int = MOST) -> dict[str, Tensor]:
+    """The first inputs of *source*, which files are checked on; of texts what is real of them too.
 
     Raises:
         PreflightError: its examples are not one tensor.
@@ -53,7 +53,7 @@ def examples(source: Source, most: int = MOST) -> Tensor:
             f"{source.name}: its batches hold {', '.join(sorted(batch))}, but only a model that "
             "reads one tensor, 'inputs', can be exported; leave the export stage out"
         )
-    return batch["inputs"]
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def told(job: Job, *, name: str, data: str, seed: int) -> dict[str, str]:

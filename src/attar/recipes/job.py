@@ -23,7 +23,9 @@ from attar.recipes.rooms import SUPPLIED
 from attar.recipes.teachers import (
     Member,
     asked_of,
+    judged_by,
     kind,
+    made_from,
     made_model,
     members_of,
     seeded,
@@ -31,7 +33,7 @@ from attar.recipes.teachers import (
 )
 from attar.recipes.turns import Turn, reuses_head
 from attar.runtime import PreflightError, eval_mode
-from attar.tasks import Regression, Task
+from attar.tasks import Regression, SentenceEmbedding, Task
 from attar.tasks.task import Rows
 from attar.teachers import EMA, Ensemble, Teacher, learned_weights
 from attar.training import Term, distill, train
@@ -171,7 +173,8 @@ class Job:
     def made(self, make: Callable[..., nn.Module], number: int, later: int) -> nn.Module:
         """A model for the data, its random start of the seed of this *number*."""
         seed = self.recipe.seed + number + later * GENERATION
-        return seeded(seed, partial(made_model, make, self.train, self.task))
+        giver = self.members[0].model if len(self.members) == 1 else None
+        return seeded(seed, partial(made_model, make, self.train, self.task, giver))
 
     def learners(
         self, number: int, start: nn.Module, *, with_teacher: bool
@@ -219,7 +222,8 @@ def prepare(recipe: Recipe) -> Job:
     splits = recipe.data if isinstance(recipe.data, tuple) else recipe.data()
     parts = parted(splits, recipe)
     task = _task(recipe).fitted(parts.labelled)
-    for part in (parts.validation, parts.test):
+    told = isinstance(task, SentenceEmbedding) and parts.test.labels is None
+    for part in () if told else (parts.validation, parts.test):
         if part.labels is None:
             raise PreflightError(f"{part.name}: has no labels, which a verdict needs")
         task.fitted(part)
@@ -228,7 +232,9 @@ def prepare(recipe: Recipe) -> Job:
         "precision": recipe.precision,
         "parallel": recipe.parallel,
     }
-    return Job(recipe, parts, task, members_of(recipe, parts, task, common), common)
+    members = members_of(recipe, parts, task, common)
+    parts = judged_by(members, parts, task, recipe.device) if told else parts
+    return Job(recipe, parts, task, members, common)
 
 
 def _task(recipe: Recipe) -> Task:
@@ -285,7 +291,7 @@ def check_job(job: Job) -> dict[str, Any]:
             "width": job.task.width,
         },
         "teacher": _teacher_sizes(job),
-        "student": sizes,
+        "student": sizes | made_from(student),
         "saw": {name: asdict(seen) for name, seen in job.saw.items()},
         "seeds": job.recipe.seeds,
         "stages": stages,

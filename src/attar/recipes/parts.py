@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +62,38 @@ class Unlabelled(Source):
         return {name: value for name, value in batch.items() if name != "labels"}
 
 
+class Told(Source):
+    """The rows of another source with a teacher's embeddings as labels, or of that width alone.
+
+    It has the other's fingerprint: what a teacher says is no part of the data.
+    """
+
+    def __init__(self, source: Source, embeddings: Tensor, *, told: bool = True) -> None:
+        self.name, self.classes, self.shape = source.name, source.classes, source.shape
+        self.workers, self.vocabulary = source.workers, source.vocabulary
+        self._source, self._width = source, embeddings.shape[1]
+        self._labels = embeddings if told else None
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self._labels
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers an embedding of the teacher has."""
+        return self._width
+
+    def rows(self, ids: Tensor) -> Batch:
+        batch = self._source.rows(ids)
+        return batch if self._labels is None else {**batch, "labels": self._labels[ids]}
+
+    def _digest(self) -> str:
+        return self._source.fingerprint()
+
+
 class Repeated(Subset):
     """A few rows as an epoch of many, over and over, so that both take the same steps.
 
@@ -93,12 +125,20 @@ def parted(splits: Sequence[Source], recipe: Recipe) -> Parts:
     return Parts(train, train, train, whole, validation, test)
 
 
+def told_by(parts: Parts, embed: Callable[[Source], Tensor]) -> Parts:
+    """Texts without labels, judged by the embeddings [N, D] that a teacher gives them."""
+    validation, test = (Told(part, embed(part)) for part in (parts.validation, parts.test))
+    assert test.labels is not None
+    student = Told(parts.student, test.labels, told=False)
+    return replace(parts, student=student, validation=validation, test=test)
+
+
 def _three(splits: Sequence[Source], recipe: Recipe) -> tuple[Source, Source, Source]:
     """Training, validation and test; the validation is carved by seed where none is given."""
     if len(splits) == 3:
         return splits[0], splits[1], splits[2]
     train, test = splits
-    if train.labels is not None:
+    if train.labels is not None or test.labels is None:
         return *split(train, recipe.validation, seed=recipe.seed), test
     # Unlabelled training data cannot choose an epoch, so part of the labelled test data does.
     rest, part = split(test, recipe.validation, seed=recipe.seed)

@@ -24,7 +24,9 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "losses": frozenset(
         {"student", "teacher", "labels", "mask", "ids", "offsets", "progress", "rows", "self"}
     ),
-    "models": frozenset({"shape", "outputs", "mean", "std", "labels"}),
+    "models": frozenset(
+        {"shape", "outputs", "mean", "std", "labels", "teacher", "data", "task", "seed"}
+    ),
     "optimizers": frozenset({"params"}),
     "projectors": frozenset({"student", "teacher", "model"}),
     "readers": frozenset(),
@@ -60,14 +62,14 @@ SAID: dict[str, dict[str, Any]] = {
 
 def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
     """Every room by name; each plugin's ``__all__`` is added to all of them."""
-    from attar import data, exporting, losses, models, tasks, training
+    from attar import compression, data, exporting, losses, models, tasks, training
     from attar.models import projectors
     from attar.training import optimization
 
     found: dict[str, Room] = {
         "augmentations": _functions(data, returns=data.Batch),
         "losses": _functions(losses),
-        "models": dict(models.families()),
+        "models": models.families() | {"shrink": compression.shrink},
         "optimizers": _torch_optimizers() | {f.__name__: f for f in (training.sgd, training.adamw)},
         "projectors": _functions(projectors),
         "readers": _functions(data, returns=data.Splits, keyword_only=True),

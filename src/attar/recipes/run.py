@@ -15,7 +15,7 @@ from torch import nn
 from attar.data import Source
 from attar.evaluation import Cost, Verdict, Verdicts, collect, costs, judge
 from attar.evaluation.curves import figures
-from attar.models import Group, save
+from attar.models import Group, merged, save
 from attar.recipes import exports
 from attar.recipes.caching import check_cache, remembering
 from attar.recipes.job import (
@@ -478,6 +478,7 @@ def measured(desk: Desk, models: dict[str, nn.Module], folders: dict[str, Path])
     there = {name: file for name, file in files.items() if file.is_file()}
     told: dict[str, Any] = {}
     if desk.ranks.main:  # alone, so that no other rank is in the way
+        models = {name: merged(model) for name, model in models.items()}  # as they are saved
         found = costs(models, inputs, device=job.recipe.device, files=there)
         told = {name: each.to_json() for name, each in found.items()}
     return {name: Cost(**each) for name, each in desk.ranks.first(told).items()}

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from attar.compression import plan_shrink, shrink
 from attar.data import Source
+from attar.evaluation import collect
 from attar.models import (
     build,
     is_foreign,
@@ -21,15 +23,26 @@ from attar.models import (
     pretrained,
     pretrained_language_model,
     pretrained_text_classifier,
+    pretrained_text_encoder,
     read_extra,
 )
-from attar.recipes.parts import Parts
+from attar.recipes.parts import Parts, told_by
 from attar.recipes.recipe import Recipe, TeacherPlan
+from attar.recipes.resolve import shown
 from attar.runtime import AttarError, DataError, PreflightError
-from attar.tasks import LanguageModelling, Regression, Task, TextClassification, restore
+from attar.tasks import (
+    LanguageModelling,
+    Regression,
+    SentenceEmbedding,
+    Task,
+    TextClassification,
+    restore,
+)
 from attar.tasks.classes import ClassTask
 from attar.tasks.classification import Classification
 from attar.teachers import Ensemble, Function, Teacher, adapted, from_onnx, project, renamed
+
+_TEXTS = (LanguageModelling, SentenceEmbedding, TextClassification)
 
 
 @dataclass(frozen=True)
@@ -110,13 +123,57 @@ def taught_task(plan: Any) -> Task | None:
     return None if described is None else restore(described)
 
 
-def made_model(make: Callable[..., nn.Module], data: Source, task: Task) -> nn.Module:
-    """Build a model for the data."""
+def judged_by(members: Sequence[Member], parts: Parts, task: Task, device: str) -> Parts:
+    """Texts without labels, judged by what the teacher says of them.
+
+    Raises:
+        PreflightError: the teacher is none that knows already.
+    """
+    if len(members) != 1 or members[0].training is not None:
+        raise PreflightError(
+            f"{parts.test.name}: has no labels, so embeddings are judged by those of the teacher, "
+            "and it must be one that knows already; give teacher: {load: FOLDER}"
+        )
+    model = members[0].model
+    return told_by(parts, lambda part: collect(model, part, task, device=device)["embedding"])
+
+
+def made_model(
+    make: Callable[..., nn.Module], data: Source, task: Task, teacher: nn.Module | None = None
+) -> nn.Module:
+    """Build a model for the data; with `shrink`, make it from the *teacher*."""
     options = make.keywords if isinstance(make, partial) else {}
     function = make.func if isinstance(make, partial) else make
+    if function is shrink:
+        return _shrunk(teacher, data, task, options)
     if not inspect.signature(function).parameters:
         return function()  # student=lambda: MyNet()
-    return build(function, data=data, outputs=task.width, **options)
+    width = task.width
+    if isinstance(task, SentenceEmbedding):  # whose models have widths of their own
+        width = data.outputs or 1
+    return build(function, data=data, outputs=width, **options)
+
+
+def _shrunk(
+    teacher: nn.Module | None, data: Source, task: Task, options: dict[str, Any]
+) -> nn.Module:
+    if teacher is None:
+        raise PreflightError(
+            "shrink makes a student from the one teacher that a recipe builds, trains or loads; "
+            "here there are several or none: name a family of models"
+        )
+    # `seeded` stands around: what is not inherited starts as other students of this seed do.
+    seed = torch.initial_seed()
+    plan = plan_shrink(teacher, **{"data": data, "task": task, "seed": seed, **options})
+    student = plan.apply(teacher)
+    student.attar_plan = plan  # type: ignore[assignment]
+    return student
+
+
+def made_from(model: nn.Module) -> dict[str, Any]:
+    """The plan by which a student was made from its teacher, as JSON; empty where it was not."""
+    plan = vars(model).get("attar_plan")
+    return {} if plan is None else {"made": plan.describe() | {"told": plan.told()}}
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -152,6 +209,8 @@ def _member(
 
 
 def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
+    if isinstance(task, _TEXTS):
+        _check_plain(plan, task)
     if plan.model is not None:
         model = made_model(plan.model, parts.student, task)
         if plan.load is not None:
@@ -172,6 +231,10 @@ def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
     if isinstance(task, TextClassification):
         kept = partial(pretrained_text_classifier, path=plan.load, head="keep")
         return build(kept, data=parts.student, outputs=task.width)
+    if isinstance(task, SentenceEmbedding):
+        return build(
+            partial(pretrained_text_encoder, path=plan.load), data=parts.student, outputs=1
+        )
     shape = parts.student.shape
     if plan.size is not None:
         shape = (shape[0], plan.size, plan.size)
@@ -180,6 +243,18 @@ def _model(plan: TeacherPlan, parts: Parts, task: Task) -> nn.Module:
         return build(keep, data=parts.student, outputs=task.width)
     width = len(own_classes(plan.load)) if plan.projects else task.width
     return pretrained(shape, width or 0, path=plan.load, head="keep")
+
+
+def _check_plain(plan: TeacherPlan, task: Task) -> None:
+    """What makes a teacher of other images or classes fit does not know of tokens and padding."""
+    of = "the data's classes" if isinstance(task, ClassTask) else "the data's tokens"
+    for name in ("project", "classes", "size"):
+        if getattr(plan, name):
+            raise PreflightError(
+                f"teacher.{name} is for teachers of images and tables, and the task "
+                f"{shown(type(task).__name__)} reads tokens; leave it out, and give a teacher that "
+                f"was trained for {of}"
+            )
 
 
 def _check_taught(taught: Task, labelled: Source) -> None:

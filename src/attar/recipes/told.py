@@ -11,7 +11,7 @@ import torch
 import attar
 from attar.recipes.job import Job
 from attar.recipes.recipe import Loaded
-from attar.recipes.teachers import lost_by
+from attar.recipes.teachers import lost_by, made_from
 from attar.runtime import Ranks, resolve_device
 
 
@@ -35,6 +35,8 @@ def environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
     told = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
     if job.members and (lost := lost_by(job.teacher)):
         told["not told"] = "; ".join(lost)
+    if made := made_from(job.student(0)):
+        told["student made from the teacher"] = made["made"]["told"].replace("\n", "; ")
     if job.weights is not None:
         told["teachers' weights"] = ", ".join(f"{weight:.6f}" for weight in job.weights)
     return {

@@ -65,7 +65,8 @@ def aligned(
     # Gaps inside a text stay; no test for whether a batch needs it, which a GPU would wait for.
     first = attention.ne(0).long().argmax(1, keepdim=True)
     places = torch.arange(inputs.shape[1], device=inputs.device)
-    order = (places + first) % inputs.shape[1]
+    order = places + first
+    order = torch.where(order < inputs.shape[1], order, order - inputs.shape[1])  # % has no ONNX
     return inputs.gather(1, order), attention.gather(1, order)
 
 

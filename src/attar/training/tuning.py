@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from attar.models import head_of
-from attar.runtime import PreflightError, suggest
+from attar.models.matching import first_names, matching
+from attar.runtime import PreflightError, UsageError
 from attar.runtime.blocks import blocks
 from attar.training.optimization import Place
 from attar.training.plan import Plan
@@ -48,7 +48,7 @@ def levels(module: nn.Module) -> list[list[str]]:
 
     visit(module, "")
     named = dict(module.named_parameters())  # a tied tensor has its first name alone
-    first = _first_names(module)
+    first = first_names(module)
     head = {first[name] for name in head_of(module)}
     parts = [[name for name in names if name in named and name not in head] for names in found]
     return [names for names in [*parts, [name for name in named if name in head]] if names]
@@ -64,35 +64,10 @@ def frozen(module: nn.Module, patterns: Iterable[str]) -> set[str]:
     >>> sorted(frozen(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), ["*", "!1"]))
     ['0.bias', '0.weight']
     """
-    first = _first_names(module)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        bare = pattern.removeprefix("!")
-        hits = {own for name, own in first.items() if _matches(name, bare)}
-        if not hits and bare == "head":
-            hits = {first[name] for name in head_of(module)}
-        if not hits:
-            paths = [path for path, _ in module.named_modules() if path]
-            raise PreflightError(f"freeze: the student has no '{bare}'; {suggest(bare, paths)}")
-        chosen = chosen - hits if pattern.startswith("!") else chosen | hits
-    return chosen
-
-
-def _first_names(module: nn.Module) -> dict[str, str]:
-    """Each tensor's name, and the one it has in ``named_parameters``: a tied tensor has several."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(tensor), name)
-        for name, tensor in (
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        )
-    }
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+    try:
+        return matching(module, patterns, "freeze: the student")
+    except UsageError as error:
+        raise PreflightError(str(error)) from None
 
 
 @contextmanager
