@@ -91,14 +91,21 @@ def test_latency_is_of_one_and_of_64_examples() -> None:
         assert 0 < taken["p50_ms"] <= taken["p95_ms"]
 
 
-def test_a_slow_model_is_run_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "passes"),
+    [(0.08, 20 + 4 + 10), (0.4, 20 + 1), (1.0, 10 + 1), (60.0, 1 + 1)],
+)
+def test_a_slow_model_is_run_often_enough_and_no_longer(
+    seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 passes, those before the first and those that fill the caches; about 10 s of slow ones."""
     import importlib
 
     runs, now = [], [0.0]
     module = importlib.import_module("attar.evaluation.cost")
 
     def clock() -> float:
-        now[0] += 1.0
+        now[0] += seconds
         return now[0]
 
     class Spy(nn.Module):
@@ -108,8 +115,10 @@ def test_a_slow_model_is_run_often_enough(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(module.time, "perf_counter", clock)
     found = cost(Spy(), torch.rand(1, 4), device="cpu")
-    assert runs.count(64) == 20 + 5 + 10
-    assert found.latency["64"] == {"p50_ms": 1000.0, "p95_ms": 1000.0}
+    assert runs.count(64) == passes
+    assert found.latency["64"] == pytest.approx(
+        {"p50_ms": 1000 * seconds, "p95_ms": 1000 * seconds}
+    )
 
 
 def test_tied_weights_are_counted_once() -> None:

@@ -20,6 +20,7 @@ from attar.runtime import UsageError, resolve_device
 
 BATCHES = (1, 64)
 FILL_SECONDS = 0.3
+MOST_SECONDS = 10.0  # that a model is timed for at one batch size, where a pass is shorter
 WARM_UP = 5
 TURNS = 10
 
@@ -71,9 +72,9 @@ def costs(
     """Measure what each model costs on *inputs*.
 
     Latency is a forward pass in eval mode without gradients, after a warm-up, repeated until
-    about 0.3 s are filled (20 to 500 times). The models take turns, so that what else the machine
-    does falls on all of them: two copies of one network get the same time. They come back as they
-    were.
+    about 0.3 s are filled (20 to 500 times; fewer, and at least once, where that takes over 10 s).
+    The models take turns, so that what else the machine does falls on all of them: two copies of
+    one network get the same time. They come back as they were.
 
     Args:
         inputs: at least one example [n, ...]; repeated to fill a batch.
@@ -158,16 +159,30 @@ def _latencies(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a pass of each model: the median and the 95th percentile over all turns."""
     wait = _synchroniser(device)
-    turn = {}
-    for name, model in models.items():
-        warm = min(_timed(model, batch, wait) for _ in range(WARM_UP))
-        turn[name] = min(500, max(20, int(FILL_SECONDS / max(warm, 1e-9)))) // TURNS
+    warm = {name: _warmed(model, batch, wait) for name, model in models.items()}
+    passes = {name: _passes(seconds) for name, seconds in warm.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         for name, model in models.items():
-            _timed(model, batch, wait)  # the one before has left the caches full of its weights
-            taken[name] += [_timed(model, batch, wait) for _ in range(turn[name])]
+            count = passes[name] * (turn + 1) // TURNS - passes[name] * turn // TURNS
+            if count and warm[name] < FILL_SECONDS:
+                _timed(model, batch, wait)  # the one before has filled the caches with its weights
+            taken[name] += [_timed(model, batch, wait) for _ in range(count)]
     return {name: _quantiles(seconds) for name, seconds in taken.items()}
+
+
+def _warmed(model: nn.Module, batch: Tensor, wait: Callable[[], None]) -> float:
+    """The shortest of a few passes; of a slow model the first alone."""
+    taken: list[float] = []
+    while not taken or (len(taken) < WARM_UP and sum(taken) < FILL_SECONDS):
+        taken.append(_timed(model, batch, wait))
+    return max(min(taken), 1e-9)
+
+
+def _passes(seconds: float) -> int:
+    """How often a pass of so many seconds is timed."""
+    wanted = min(500, max(20, int(FILL_SECONDS / seconds)))
+    return max(1, min(wanted, int(MOST_SECONDS / seconds)))
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
