@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import attar
 from attar.compression import Inheritance, plan_inheritance, plan_shrink, shrink
-from attar.compression.inherit import PUBLISHED, spaced
+from attar.compression.axes import Axis
+from attar.compression.importance import ranked_members
+from attar.compression.inherit import PUBLISHED, Row, spaced
 from attar.runtime import UsageError
 
 TEXT: dict[str, Any] = {"shape": [16], "outputs": 50}
@@ -310,6 +312,13 @@ def test_indices_are_those_of_weight_selection() -> None:
 # Importance
 
 
+class Tokens(attar.tasks.ImageClassification):
+    """Rows of token ids, of which each is read."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch["inputs"].long()).logits
+
+
 def texts(rows: int = 24) -> tuple[Any, Any]:
     documents = [[3 + (a * b) % 45 for b in range(1, 12)] for a in range(1, rows + 1)]
     data = attar.data.text(documents, length=12, eos=1, vocabulary=50)
@@ -335,6 +344,45 @@ def test_important_heads_and_features_are_kept_with_what_they_read() -> None:
         assert kept[f"heads of model.layers.{index}.self_attn"] == (2, 3)
         assert kept[f"groups of model.layers.{index}.self_attn"] == (1,)
         assert kept[f"inside of model.layers.{index}.mlp"] == (0, 1, 2, 3, 4)
+
+
+def test_important_heads_are_found_under_every_name() -> None:
+    """In BERT queries and what mixes them lie in other parts."""
+    teacher = made("bert")
+    ids = torch.randint(3, 50, (24, 12), generator=torch.Generator().manual_seed(0))
+    data = attar.data.TensorSource(ids, torch.arange(24) % 3, classes=3)
+    with torch.no_grad():
+        for index, layer in enumerate(teacher.bert.encoder.layer):
+            for head in {0, 1, 2, 3} - {index % 2, 3}:
+                layer.attention.self.value.weight[8 * head : 8 * head + 8] *= 0.01
+                layer.attention.self.value.bias[8 * head : 8 * head + 8] *= 0.01
+    plan = plan_shrink(
+        teacher, width=0.5, select="importance", data=data, task=Tokens(classes=3)
+    ).inheritance
+    for index in range(4):
+        for kind in ("heads", "groups"):
+            assert plan.kept[f"{kind} of bert.encoder.layer.{index}.attention"] == (index % 2, 3)
+
+
+def test_layers_with_one_table_of_distances_keep_the_same_heads() -> None:
+    plan = plan_shrink(made("t5"), width=0.5).inheritance
+    heads = {space for space in plan.kept if space.startswith("heads of encoder")}
+    assert heads == {"heads of encoder.SelfAttention"}
+    table = next(r for r in plan.rows if r.name.startswith("encoder") and "relative" in r.name)
+    assert table.axes[1] is not None
+    assert table.axes[1].space in heads
+
+
+def test_a_score_is_the_mean_over_positions_and_the_norm_over_examples() -> None:
+    inputs = torch.zeros(4, 5, 3)
+    inputs[:, 0, 0] = -10.0  # a mean of 2
+    inputs[:, :, 1] = 3.0
+    inputs[0, :, 2] = 5.0  # of one example alone
+    data = attar.data.TensorSource(inputs, torch.zeros(4, 1))
+    model = nn.Sequential(nn.Linear(3, 2))
+    row = Row("0.weight", "0.weight", (None, Axis("x", (3, 2))), matrix=True)
+    found = ranked_members(model, [row], data, attar.tasks.Regression(), 4)
+    torch.testing.assert_close(found["x"], torch.tensor([4.0, 6.0, 5.0]))
 
 
 def test_a_channel_that_all_layers_read_is_kept() -> None:
@@ -373,6 +421,7 @@ def test_a_plan_applied_twice_gives_the_same_bits_and_changes_nothing(kind: str)
     plan = plan_shrink(teacher, width=0.5, blend=0.5, seed=3)
     json.dumps(plan.describe())
     one, other = plan.apply(teacher), plan.apply(teacher)
+    assert not one.training
     assert torch.equal(state, torch.get_rng_state())
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
@@ -382,19 +431,24 @@ def test_a_plan_applied_twice_gives_the_same_bits_and_changes_nothing(kind: str)
     assert any(not torch.equal(t, third.state_dict()[n]) for n, t in one.state_dict().items())
 
 
+def test_the_student_has_the_type_of_the_teacher() -> None:
+    student = shrink(made("resnet").double(), width=0.5)
+    assert {p.dtype for p in student.parameters()} == {torch.float64}
+
+
 def test_scale_is_of_matrices_alone_and_blend_of_all() -> None:
     teacher = made("resnet")
     plain, scaled = shrink(teacher, width=0.5), shrink(teacher, width=0.5, scale=0.5)
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         assert torch.allclose(b, a * 0.5 if a.ndim > 1 else a), name
-    half = shrink(teacher, width=0.5, blend=0.5)
+    most = shrink(teacher, width=0.5, blend=0.75)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         start = attar.models.build("resnet", shape=[3, 16, 16], outputs=5, depth=20, width=4)
     for (name, a), b, c in zip(
-        plain.named_parameters(), half.parameters(), start.parameters(), strict=True
+        plain.named_parameters(), most.parameters(), start.parameters(), strict=True
     ):
-        torch.testing.assert_close(b, (a + c) / 2, msg=name)
+        torch.testing.assert_close(b, 0.75 * a + 0.25 * c, msg=name)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"t5", "bart"}))

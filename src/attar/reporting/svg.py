@@ -162,9 +162,11 @@ def label(value: float, percent: bool = False) -> str:
 def unit(value: float, name: str) -> str:
     """A large number in thousands, millions or billions of a unit.
 
-    >>> unit(2e5, "B"), unit(0.5, "ms"), unit(1e9, "B")
-    ('200 kB', '0.5 ms', '1 GB')
+    >>> unit(2e5, "B"), unit(0.5, "ms"), unit(1e9, "B"), unit(1500, "ms")
+    ('200 kB', '0.5 ms', '1 GB', '1.5 s')
     """
+    if name == "ms" and value >= 1e3:
+        return f"{value / 1e3:.4g} s"
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.4g} {prefix}{name}"
