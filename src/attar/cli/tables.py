@@ -83,7 +83,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
         (
             "data",
             f"{data['name']}: {data['train']:,} train, {data['validation']:,} validation, "
-            f"{data['test']:,} test; inputs {data['shape']}, {data['width']} outputs",
+            f"{data['test']:,} test; inputs {data['shape']}"
+            + ("" if data["width"] is None else f", {data['width']} outputs"),
         )
     ]
     for role in ("teacher", "student", "baseline"):
