@@ -316,7 +316,8 @@ class Tokens(attar.tasks.ImageClassification):
     """Rows of token ids, of which each is read."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        return model(batch["inputs"].long()).logits
+        out = model(batch["inputs"].long())
+        return getattr(out, "logits", out)
 
 
 def texts(rows: int = 24) -> tuple[Any, Any]:
@@ -371,6 +372,31 @@ def test_layers_with_one_table_of_distances_keep_the_same_heads() -> None:
     table = next(r for r in plan.rows if r.name.startswith("encoder") and "relative" in r.name)
     assert table.axes[1] is not None
     assert table.axes[1].space in heads
+
+
+def test_both_directions_of_an_lstm_count_for_a_channel() -> None:
+    teacher = made("bilstm")
+    documents = [[3 + (a * b) % 45 for b in range(1, 12)] for a in range(1, 25)]
+    ids = torch.tensor(documents)
+    data = attar.data.TensorSource(ids, torch.arange(24) % 5, classes=5)
+    row = Row("head.weight", "head.weight", (None, Axis("x", (32, 16), blocks=2)), matrix=True)
+    heard: list[Tensor] = []
+    handle = teacher.head.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    found = ranked_members(teacher, [row], data, Tokens(classes=5), 24)["x"]
+    handle.remove()
+    norms = torch.cat(heard).abs().square().sum(0).sqrt()
+    torch.testing.assert_close(found, norms[:16] + norms[16:])
+
+
+def test_what_nothing_reads_has_no_importance() -> None:
+    class Blind(attar.tasks.ImageClassification):
+        def forward(self, model: nn.Module, batch: Any) -> Any:
+            return batch["labels"]
+
+    labels = torch.zeros(4, dtype=torch.long)
+    data = attar.data.TensorSource(torch.randn(4, 3, 16, 16), labels, classes=5)
+    with pytest.raises(UsageError, match="importance of '32 to 16' is not known"):
+        plan_shrink(made("mlp"), width=0.5, select="importance", data=data, task=Blind())
 
 
 def test_a_score_is_the_mean_over_positions_and_the_norm_over_examples() -> None:

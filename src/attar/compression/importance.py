@@ -66,6 +66,7 @@ def ranked_members(
     parts = dict(model.named_modules())
     squares: dict[tuple[str, str], Tensor] = {}
     last: dict[str, Tensor] = {}
+    heard: dict[str, Axis] = {}
 
     def hook(path: str, axis: Axis) -> Callable[..., None]:
         def note(part: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -91,13 +92,12 @@ def ranked_members(
             axis = row.axes[0 if transposed(parts[path]) else 1]
             if axis is not None and axis.size[0] == _inputs(parts[path]):
                 stack.callback(parts[path].register_forward_pre_hook(hook(path, axis)).remove)
-                last.clear()
+                heard[path] = axis
         for _ in _passes(model, data, task, rows):
             last.clear()
-    axes = {axis.space: axis for row in pairs for axis in row.axes if axis is not None}
     scores: dict[str, Tensor] = {}
-    for (space, _), found in squares.items():
-        axis = axes[space]
+    for (space, path), found in squares.items():
+        axis = heard[path]
         members = found.sqrt().reshape(axis.blocks, axis.members[0], -1)
         scores[space] = scores.get(space, torch.zeros(())) + members.sum((0, 2))
     return scores

@@ -234,6 +234,12 @@ def plan_inheritance(
     for axis in spaces.values():
         _inside(axis.unit)  # refuses here what cannot be done
     scores = ranked_members(teacher, paired, *examples) if spaces and select == "importance" else {}
+    unread = [space for space in spaces if space.replace("groups", "heads", 1) not in scores]
+    if select == "importance" and unread:
+        raise UsageError(
+            f"importance of '{unread[0]}' is not known: no linear or convolutional layer that "
+            "reads it was run on the examples; choose select: spaced"
+        )
     kept = _kept(spaces, select, scores)
     return Inheritance(paired, chosen, kept, scale, blend)
 
