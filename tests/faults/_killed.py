@@ -138,9 +138,11 @@ def watch_all() -> None:
     fitting = importlib.import_module("attar.training.fit")
     watch(fitting, "_kept_epochs", "training")
     watch(fitting, "collect", "validation")
+    arms = importlib.import_module("attar.recipes.arms")
+    watch(arms, "collect", "evaluation")
+    watch(arms, "save", "model")
     recipes = importlib.import_module("attar.recipes.run")
-    for name, phase in [("collect", "evaluation"), ("save", "model"), ("_judged", "report")]:
-        watch(recipes, name, phase)
+    watch(recipes, "_judged", "report")
     watch(recipes, "page", "report")
 
 

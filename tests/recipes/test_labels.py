@@ -49,7 +49,7 @@ Told = list[dict[str, Any]]
 def fits(monkeypatch: pytest.MonkeyPatch) -> Told:
     """What each training was given, in order, with its name, and the steps it planned."""
     told: Told = []
-    module = importlib.import_module("attar.recipes.run")
+    module = importlib.import_module("attar.recipes.arms")
     real = module.fit
 
     def fit(student: Any, teacher: Any, data: Source, *rest: Any, **options: Any) -> Any:

@@ -47,7 +47,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[attar.Group]:
     """The groups that are trained, as they go into training."""
-    running = importlib.import_module("attar.recipes.run")
+    running = importlib.import_module("attar.recipes.arms")
     fit, found = running.fit, []
 
     def spied(student: Any, *rest: Any, **told: Any) -> Any:

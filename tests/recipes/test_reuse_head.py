@@ -202,7 +202,7 @@ def test_assistants_and_generations_are_saved_of_the_seed_whose_student_is(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = importlib.import_module("attar.recipes.run")
-    monkeypatch.setattr(running, "_best", lambda desk, arm: len(arm.finals) - 1)
+    monkeypatch.setattr(running, "best_of", lambda desk, arm: len(arm.finals) - 1)
     stages = ASSISTANT + PREVIOUS + STAGE + PREVIOUS + PREVIOUS
     path = with_stages(write, stages + "seeds: 2\n")
     said: list[str] = []

@@ -324,7 +324,7 @@ def staged(write: Callable[..., Path], stages: str, teacher: str = TEACHER) -> P
 
 def told_of_stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each training was called with: its name, the learner, the teacher, their weights."""
-    running = importlib.import_module("attar.recipes.run")  # the name is the function's
+    running = importlib.import_module("attar.recipes.arms")  # the name is the function's
 
     calls: list[dict[str, Any]] = []
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from attar.evaluation import Verdict, Verdicts
 from attar.evaluation.verdicts import named
+from attar.recipes.arms import Arm, Desk, teach
 from attar.recipes.caching import check_cache
-from attar.recipes.job import Job, check_job, check_teacher, judged, prepare
+from attar.recipes.job import Job, judged, prepare
+from attar.recipes.preflight import check_job, check_teacher
 from attar.recipes.recipe import Loaded, options_of
-from attar.recipes.run import Arm, Desk, allowed, begun, elder, finish, measured, teach
+from attar.recipes.run import allowed, begun, elder, finish, measured
 from attar.recipes.told import described, environment, warn
 from attar.reporting import page
 from attar.runtime import AttarError, PreflightError, UsageError

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,97 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.data import Source
-from attar.evaluation import Cost, Verdict, Verdicts, collect, costs, judge
+from attar.evaluation import Cost, Verdict, Verdicts, costs, judge
 from attar.evaluation.curves import figures
-from attar.models import Group, merged, save
+from attar.models import merged
 from attar.recipes import exports
-from attar.recipes.caching import check_cache, remembering
-from attar.recipes.job import (
-    Job,
-    check_floor,
-    check_job,
-    check_teacher,
-    copied,
-    judged,
-    learned,
-    prepare,
-    rows_of_stage,
-    stage_of,
-)
+from attar.recipes.arms import Arm, Desk, Say, best_of, students, teach
+from attar.recipes.caching import check_cache
+from attar.recipes.job import Job, judged, prepare
+from attar.recipes.preflight import check_job, check_teacher
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
 from attar.recipes.resume import check_resumable
-from attar.recipes.teachers import Member, lost_by
 from attar.recipes.told import described, environment, warn
-from attar.recipes.turns import Turn
 from attar.reporting import page
-from attar.runtime import (
-    PreflightError,
-    Ranks,
-    Run,
-    UsageError,
-    check_free,
-    connect,
-    opened,
-)
-from attar.tasks.task import Rows
-from attar.teachers import Filling
-from attar.training import Fit, Home, copy_of_state, fit
-
-Say = Callable[[str], None]
-
-
-@dataclass
-class Arm:
-    """What came of one way to train a model, a row a seed: the chosen epoch's and the last's.
-
-    ``kept`` are the models that taught the student and are no longer trained, by their folders.
-    """
-
-    finals: list[Fit] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)
-    last: list[Rows] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    kept: list[dict[str, nn.Module]] = field(default_factory=list)
-    teacher_seconds: float = 0.0
-    caches: dict[Path, int] = field(default_factory=dict)  # and how many rows were asked about
-
-    def mean_seconds(self) -> float | None:
-        """Training time of one run; None where nothing was trained."""
-        return sum(self.seconds) / len(self.seconds) if self.seconds else None
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A job and what is at hand while it is done.
-
-    ``root`` is the folder of the whole run: the teacher lies in it, the cache beside it.
-    """
-
-    job: Job
-    run: Run
-    root: Path
-    ranks: Ranks
-    resume: bool
-    allow: tuple[str, ...]
-    say: Say
-    progress: bool | None
-
-    def home(self, **mark: Any) -> Home:
-        """Where one stage keeps its log and its checkpoints."""
-        return Home(self.run, mark, self.resume, self.allow, self.say)
-
-    def rows(self, model: nn.Module, source: Source | None = None) -> Rows:
-        """What a model says of each example, of the test split by default; asked by all ranks."""
-        job = self.job
-        return collect(
-            model, source or job.test, job.task, device=job.recipe.device, ranks=self.ranks
-        )
-
-    def save(self, model: nn.Module, folder: str, **extra: Any) -> None:
-        """Save a model into this run."""
-        if self.ranks.main:
-            save(model, self.run.folder / folder, extra=extra)
+from attar.runtime import PreflightError, Ranks, Run, UsageError, check_free, connect, opened
 
 
 def run(
@@ -172,7 +93,10 @@ def begun(
 
 def finish(desk: Desk, taught: Arm, loaded: Loaded) -> tuple[Verdict, dict[str, Arm]]:
     """All after the teacher: the students, the verdict and the page."""
-    arms = _students(desk, loaded)
+    arms = students(desk)
+    for name in ("baseline", "distilled"):
+        if arms[name].finals:
+            _save_best(desk, arms[name], "student" if name == "distilled" else name, loaded)
     verdict = _judged(desk, taught, arms)
     made = {
         "environment": environment(loaded, desk.job, desk.ranks),
@@ -237,145 +161,9 @@ def _loaded(
     return load_recipe(recipe, overrides=overrides, plugins=plugins)
 
 
-def teach(desk: Desk) -> tuple[Desk, Arm]:
-    """Train the teachers that are not loaded, and refuse what has learnt nothing."""
-    arm, job = Arm(), desk.job
-    if job.moving is not None:
-        desk.say(
-            f"teacher    {job.moving}; as it moves, the verdict compares student and baseline alone"
-        )
-        return desk, arm
-    done = [_fit_teacher(desk, m) for m in job.members if m.training is not None]
-    if done:
-        arm.seconds.append(sum(each.seconds for each in done))
-    if (weights := learned(job)) is not None:
-        job = replace(job, weights=tuple(desk.ranks.first(weights)))
-        desk = replace(desk, job=job)
-        desk.say(f"{'weights':<10} {', '.join(f'{weight:.3f}' for weight in weights)}")
-    if done:
-        check_floor(job)
-    for member in job.members:
-        if member.training is not None:
-            desk.save(member.model, member.folder, task=job.task.describe())
-    arm.rows.append(desk.rows(job.teacher))
-    for lost in lost_by(job.teacher):
-        desk.say(f"{'note':<10} {lost}")
-    desk.say(
-        f"{job.elder:<10} {_score(desk, job.teacher)} on validation{_took(arm.mean_seconds())}"
-    )
-    return desk, arm
-
-
-def _fit_teacher(desk: Desk, member: Member) -> Fit:
-    job = desk.job
-    done = fit(
-        member.model,
-        None,
-        job.parts.teacher,
-        job.task,
-        validation=job.validation,
-        home=desk.home(arm="teacher", seed=member.seed),
-        label=member.folder,
-        progress=desk.progress,
-        **(member.training or {}),
-    )
-    if len(job.members) > 1:
-        score = _score(desk, member.model)
-        desk.say(f"{member.folder:<10} {score} on validation{_took(done.seconds)}")
-    return done
-
-
-def _students(desk: Desk, loaded: Loaded) -> dict[str, Arm]:
-    arms = {"start": Arm(), "baseline": Arm(), "distilled": Arm()}
-    job = desk.job
-    for number in range(job.recipe.seeds):
-        start = job.student(number)
-        for name in ("baseline", "distilled"):
-            if name == "baseline" and not job.labelled:
-                arms["start"].rows.append(desk.rows(start))
-                continue
-            student = _train_arm(desk, arms[name], name, number, copied(start))
-            of = f" {number + 1}/{job.recipe.seeds}" if job.recipe.seeds > 1 else ""
-            took = _took(arms[name].seconds[-1])
-            called = job.called if name == "distilled" else name
-            desk.say(f"{called + of:<16}{_score(desk, student)} on validation{took}")
-    for cache, count in arms["distilled"].caches.items():
-        desk.say(f"cache      {cache}: the teacher was asked about {count:,} rows")
-    for name in ("baseline", "distilled"):
-        if arms[name].finals:
-            _save_best(desk, arms[name], "student" if name == "distilled" else name, loaded)
-    return arms
-
-
-def _train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) -> nn.Module:
-    """Go through every stage, evaluate what comes out and return it."""
-    job = desk.job
-    seed = job.recipe.seed + number
-    fits: list[Fit] = []
-    kept: dict[str, nn.Module] = {}
-    taught = name == "distilled"
-    for turn, learner, before in job.learners(number, start, with_teacher=taught):
-        index = len(fits)
-        teacher, options = stage_of(job, turn, learner, before, with_teacher=taught)
-        teacher = remembering(job, turn, teacher, options, desk.root, desk.ranks)
-        done = fit(
-            learner,
-            teacher,
-            rows_of_stage(job, turn.stage, with_teacher=taught),
-            job.task,
-            validation=job.validation,
-            home=desk.home(arm=name, seed=seed, stage=index),
-            label=f"{job.called if name == 'distilled' else name} {number + 1}/{job.recipe.seeds}",
-            progress=desk.progress,
-            seed=seed,
-            **options,
-        )
-        fits.append(done)
-        if taught:
-            _leave(kept, turn, learner)
-            _say_of_stage(desk, turn, learner, number)
-        arm.teacher_seconds += done.teacher_seconds
-        if isinstance(teacher, Filling):
-            arm.caches[teacher.folder] = arm.caches.get(teacher.folder, 0) + teacher.count
-    arm.finals.append(fits[-1])
-    arm.seconds.append(sum(done.seconds for done in fits))
-    learner = fits[-1].student
-    student = judged(learner)
-    arm.kept.append(_teachers(kept, learner))
-    arm.rows.append(desk.rows(student))
-    chosen = copy_of_state(learner)
-    learner.load_state_dict(fits[-1].last)
-    arm.last.append(desk.rows(student))
-    learner.load_state_dict(chosen)
-    return student
-
-
-def _leave(kept: dict[str, nn.Module], turn: Turn, learner: nn.Module) -> None:
-    """Note who has learnt: a new model under a name of its own, one that goes on under its last."""
-    kind = "generation" if turn.assistant is None else "assistant"
-    count = sum(name.startswith(kind) for name in kept)
-    goes_on = turn.assistant is None and turn.later is None
-    kept[f"{kind}-{count - goes_on}"] = learner
-
-
-def _teachers(kept: dict[str, nn.Module], last: nn.Module) -> dict[str, nn.Module]:
-    """Who was left behind on the way to the last student, or learnt beside it."""
-    found = {name: model for name, model in kept.items() if model is not last}
-    peers = list(last)[1:] if isinstance(last, Group) else []
-    return found | {f"peer-{number}": model for number, model in enumerate(peers, 1)}
-
-
-def _say_of_stage(desk: Desk, turn: Turn, learner: nn.Module, number: int) -> None:
-    """A word on a model that will not be judged."""
-    if turn.assistant is not None or turn.later:
-        called = "assistant" if turn.assistant is not None else "generation"
-        of = f" {number + 1}/{desk.job.recipe.seeds}" if desk.job.recipe.seeds > 1 else ""
-        desk.say(f"{called + of:<16}{_score(desk, learner)} on validation")
-
-
 def _save_best(desk: Desk, arm: Arm, folder: str, loaded: Loaded) -> None:
     """Keep the seed that validation likes best; the verdict is about all of them."""
-    job, best = desk.job, _best(desk, arm)
+    job, best = desk.job, best_of(desk, arm)
     told: dict[str, Any] = {"seed": job.recipe.seed + best, "data": loaded.full.get("data")}
     for name, model in arm.kept[best].items():
         desk.save(model, name, task=job.task.describe(), **told)
@@ -389,23 +177,16 @@ def _card(job: Job, loaded: Loaded, best: int) -> dict[str, str]:
     return exports.told(job, name=loaded.name, data=described(job), seed=seed)
 
 
-def _best(desk: Desk, arm: Arm) -> int:
-    task = desk.job.task
-    sign = 1 if task.higher_is_better else -1
-    scores = [sign * f.history[f.kept_epoch][task.metric] for f in arm.finals]
-    return scores.index(max(scores))
-
-
 def _figures(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> dict[str, Any]:
     job = desk.job
     rows = {name: arm.rows for name, arm in {job.elder: taught, **arms}.items() if arm.rows}
-    best = _best(desk, arms["distilled"])
+    best = best_of(desk, arms["distilled"])
     return figures(job.task, job.test, rows, log=desk.run.folder / "metrics.jsonl", best=best)
 
 
 def _exported(desk: Desk, loaded: Loaded, arm: Arm, verdict: Verdict) -> list[dict[str, Any]]:
     """The saved student as files for others, where the recipe asks for them; by rank 0 alone."""
-    job, best = desk.job, _best(desk, arm)
+    job, best = desk.job, best_of(desk, arm)
     if job.recipe.exporting is None:
         return []
     told: list[dict[str, Any]] = []
@@ -482,14 +263,3 @@ def measured(desk: Desk, models: dict[str, nn.Module], folders: dict[str, Path])
         found = costs(models, inputs, device=job.recipe.device, files=there)
         told = {name: each.to_json() for name, each in found.items()}
     return {name: Cost(**each) for name, each in desk.ranks.first(told).items()}
-
-
-def _score(desk: Desk, model: nn.Module) -> str:
-    job = desk.job
-    value = job.task.primary(desk.rows(model, job.validation))
-    shown = f"{100 * value:.2f} %" if job.task.metric == "accuracy" else f"{value:.4g}"
-    return f"{job.task.metric} {shown}"
-
-
-def _took(seconds: float | None) -> str:
-    return f", trained in {seconds:.1f} s" if seconds else ""
