@@ -18,7 +18,7 @@ import pytest
 import typer
 
 import attar
-from attar.recipes import Goal, Recipe, TeacherPlan, load_recipe, parse, resolve, rooms
+from attar.recipes import Goal, Recipe, Search, TeacherPlan, load_recipe, parse, resolve, rooms
 from attar.recipes.resolve import shown, spelt
 from attar.runtime import PreflightError, UsageError
 from attar.training.plan import make_plan
@@ -127,6 +127,7 @@ def test_every_recipe_that_the_readme_checks_passes(
         "import",
         "track",
         "cache",
+        "search",
     ],
 )
 def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +173,9 @@ def within(part: Any, whole: Any) -> bool:
 
 
 def keys(heading: str) -> dict[str, str]:
-    """The rows of the table under a heading of docs/recipes.md: key to default."""
-    section = read("docs/recipes.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """The rows of the table under a heading of docs/recipes.md, or of the search: key to default."""
+    page = "docs/search.md" if "search" in heading else "docs/recipes.md"
+    section = read(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
     table = section.split("\n| key | default |")[1].split("\n\n")[0]
     return dict(re.findall(r"^\| `(\w+)` \| `?(.+?)`? \|", table, re.MULTILINE))
 
@@ -197,6 +199,7 @@ SCHEMA = {
     "Keys of a recipe": fields(Recipe),
     "Keys of `teacher`": fields(TeacherPlan),
     "Keys of `goal`": fields(Goal),
+    "Keys of `search`": fields(Search),
     "Keys of a stage": stage_fields(),
     "Keys of a term": fields(attar.Term),
 }

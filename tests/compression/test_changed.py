@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,6 +167,22 @@ def test_making_keeping_and_building_again_draw_nothing_from_the_generator(tmp_p
     save(attar.factorize(model, rank=0.25), tmp_path)
     load(tmp_path)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("light", [True, False], ids=["meta", "cpu"])
+@pytest.mark.parametrize("make", [net, bert, lambda: attar.factorize(net(), rank=0.25)])
+def test_a_skeleton_has_the_shapes_and_draws_from_no_generator(make, light, monkeypatch):
+    monkeypatch.setattr("attar.models.changed.on_meta", lambda family, options: light)
+    model = make()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    found = skeleton(model.attar_build)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
+    assert all(tensor.is_meta is light for tensor in found.parameters())
+    assert {name: each.shape for name, each in found.state_dict().items()} == {
+        name: each.shape for name, each in model.state_dict().items()
+    }
 
 
 RESNET = {"family": "resnet", "options": {"shape": [1, 8, 8], "outputs": 10}}

@@ -240,7 +240,7 @@ def test_what_a_model_reads_makes_the_same_rank_answer_better(family):
     train, test = attar.data.digits()
     seen, new = (each.rows(torch.arange(200))["inputs"] for each in (train, test))
     plain = attar.factorize(model, rank=6, layers=["*", "!stem"])
-    aware = attar.factorize(model, rank=6, layers=["*", "!stem"], inputs=seen)
+    aware = attar.factorize(model, rank=6, layers=["*", "!stem"], example=seen)
     with torch.no_grad():
         errors = [float((each(new) - model(new)).norm()) for each in (plain, aware)]
     assert errors[1] < 0.8 * errors[0]
@@ -261,7 +261,7 @@ def test_the_moment_of_a_convolution_is_that_of_its_patches():
 
 def test_a_plan_made_with_examples_cannot_be_applied_from_its_json_alone():
     model = linear_net()
-    plan = plan_factorize(model, rank=4, inputs=torch.randn(50, 24))
+    plan = plan_factorize(model, rank=4, example=torch.randn(50, 24))
     assert plan.examples == 50
     plan.apply(model)
     with pytest.raises(UsageError, match="make it again"):
@@ -291,7 +291,7 @@ def broken() -> nn.Module:
         (linear_net, {"rank": 2, "layers": "0"}, r"list of patterns, such as \['0'\]"),
         (linear_net, {"rank": 2, "layers": ["head"]}, "names no layer"),
         (linear_net, {"rank": 1.0}, "no layer would become smaller"),
-        (linear_net, {"rank": 2, "inputs": torch.rand(3, 7)}, "cannot read the example"),
+        (linear_net, {"rank": 2, "example": torch.rand(3, 7)}, "cannot read the example"),
         (masked, {"rank": 2}, r"has masks.*merged\(model\)"),
         (broken, {"rank": 2}, "NaN or infinity"),
     ],

@@ -208,12 +208,14 @@ def test_the_inner_features_of_perceptrons_alone_can_go(model, layers):
     assert inner
 
 
-def test_a_language_model_whose_heads_have_keys_of_their_own_becomes_smaller():
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_language_model_whose_heads_have_keys_of_their_own_becomes_smaller(kept):
     model = llama(4)
+    model.config.use_cache = kept
     made = attar.prune(model, {"input_ids": IDS}, ratio=0.5)  # with keys kept it would not end
     assert count(made) < 0.5 * count(model)
     assert made(IDS).logits.shape == model(IDS).logits.shape
-    assert made.config.use_cache == model.config.use_cache
+    assert made.config.use_cache is model.config.use_cache is kept
 
 
 @pytest.mark.parametrize("model", [lambda: llama(2), t5], ids=["grouped", "t5"])

@@ -388,6 +388,17 @@ def test_both_directions_of_an_lstm_count_for_a_channel() -> None:
     torch.testing.assert_close(found, norms[:16] + norms[16:])
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_language_model_keeps_its_keys_as_before_it_was_measured(kept: bool) -> None:
+    teacher = made("llama")
+    teacher.config.use_cache = kept
+    before = teacher.config.to_dict()
+    data, task = texts()
+    student = shrink(teacher, depth=2, width=0.5, select="importance", data=data, task=task)
+    assert teacher.config.to_dict() == before
+    assert student.config.use_cache is kept
+
+
 def test_what_nothing_reads_has_no_importance() -> None:
     class Blind(attar.tasks.ImageClassification):
         def forward(self, model: nn.Module, batch: Any) -> Any:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import attar
 from attar.compression import Sparsity, keep_zeros, plan_sparsify, schedule
 from attar.models import build, load, merged, save
-from attar.models.masks import masked
+from attar.models.masks import masked, put_mask
 from attar.runtime import UsageError
+from attar.training.optimization import parameter_groups
 
 INPUTS = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TASK = attar.tasks.ImageClassification(classes=10)
@@ -134,6 +135,61 @@ def test_what_is_baked_is_as_before_but_for_the_zeros():
     learns = [(name, p.requires_grad) for name, p in whole.named_parameters()]
     assert learns == [(name, p.requires_grad) for name, p in model.named_parameters()]
     assert merged(model) is model
+
+
+@pytest.mark.parametrize("family", ["mlp", "vit"])
+def test_tensors_are_in_the_order_of_the_plain_model_when_the_masks_are_gone(family):
+    """What goes by number fits then: an optimiser's state, and a file's order."""
+    model = net(family)
+    model.get_submodule("blocks.0").requires_grad_(False)
+    made = merged(attar.sparsify(model, amount=0.5))
+    assert [name for name, _ in made.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert list(made.state_dict()) == list(model.state_dict())
+    optimizer = torch.optim.AdamW(made.parameters())
+    made(INPUTS).square().sum().backward()
+    optimizer.step()
+    torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.state_dict())
+    for number, each in enumerate(model.parameters()):
+        state = optimizer.state_dict()["state"].get(number)
+        assert state is None or state["exp_avg"].shape == each.shape
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_masks_that_spare_every_weight_change_no_bit_of_a_training(decay):
+    """So the optimiser has the weights in the order that it has without masks."""
+    train, _ = attar.data.digits()
+    plain = net("mlp", widths=[16, 12])
+    spared = copy.deepcopy(plain)
+    for part in list(spared.modules()):
+        if isinstance(part, nn.Linear):
+            put_mask(part, "weight", torch.ones_like(part.weight, dtype=torch.bool))
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 256, "clip": 0.1, "average": 0.9}
+    options["optimizer"] = partial(attar.training.adamw, lr=0.01, weight_decay=decay)
+    one, two = (attar.train(each, train, TASK, **options) for each in (plain, spared))
+    order = [name.replace("parametrizations.weight.original", "weight") for name in _ordered(two)]
+    assert order == _ordered(one)
+    expected = one.state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in merged(two).state_dict().items())
+
+
+def _ordered(model: nn.Module) -> list[str]:
+    """The names of the parameters as attar's optimiser has them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model)
+    return [names[parameter] for group in groups for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_averaged_weights_have_the_zeros_too(keep):
+    train, test = attar.data.digits()
+    made = attar.sparsify(net("mlp", widths=[16]), amount=0.8)
+    gone = {path: each == 0 for path, each in weights(made).items()}
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 128, "average": 0.8, "keep": keep}
+    terms = [attar.Term(attar.losses.kl_divergence)]
+    made = attar.distill(made, net("mlp"), train, TASK, terms, validation=test, **options)
+    assert sum(int(each.sum()) for each in gone.values()) == round(0.8 * 64 * 16)
+    for path, each in weights(made).items():
+        assert torch.equal(each == 0, gone[path])
 
 
 def test_baking_a_copy_leaves_other_copies_whole():

@@ -152,6 +152,50 @@ def test_the_goal_missed(house: Any) -> None:
     assert none.goal_line.startswith("NOT MEASURABLE")
 
 
+def costing(ms: float, size: int, macs: int) -> Cost:
+    latency = dict.fromkeys(("1", "64"), {"p50_ms": ms, "p95_ms": ms})
+    return Cost(parameters=1, macs=macs, bytes=size, latency=latency, threads=1, device="a machine")
+
+
+def test_a_goal_may_limit_what_the_student_costs(house: Any) -> None:
+    rows = house.said("1" * 990 + "0" * 10)
+    told = {"teacher": rows, "distilled": [rows], "retain": 0.99}
+    costs = {"distilled": costing(0.5, 2_000_000, 3000)}
+    limits = {"latency_ms": 0.5, "size_mb": 2.0, "macs": 3000.0}
+    met = judge(house.task, **told, costs=costs, limits=limits)
+    assert (met.goal.met, met.goal.sure) == (True, True)
+    assert met.goal_line == (
+        "MET, retention 100.0 % [100.0, 100.0], goal 99 %; time for one example 0.5 ms, goal "
+        "0.5 ms; size 2 MB, goal 2 MB; multiply-adds 3 thousand, goal 3 thousand"
+    )
+    assert met.to_json()["goal"]["limits"][1] == {
+        "name": "size_mb",
+        "most": 2.0,
+        "value": 2.0,
+        "met": True,
+    }
+    for name in limits:
+        less = judge(house.task, **told, costs=costs, limits={**limits, name: limits[name] / 2})
+        assert (less.goal.met, less.goal.sure, less.goal.kept) == (False, False, True), name
+        assert less.goal_line.startswith("MISSED, retention 100.0 %")
+        assert less.goal_line.count("over the goal of") == 1
+    near = judge(house.task, **told, costs=costs, limits={"macs": 2999.0})
+    assert near.goal_line.endswith("multiply-adds 3000, over the goal of 2999")
+
+
+def test_a_limit_that_is_missed_is_no_matter_of_the_interval(house: Any) -> None:
+    found = judge(
+        house.task,
+        teacher=house.said("1" * 99 + "0"),
+        distilled=[house.said("0" + "1" * 99)],
+        retain=0.99,
+        costs={"distilled": costing(0.5, 2000, 3000)},
+        limits={"latency_ms": 0.1},
+    )
+    assert found.goal_line.startswith("MISSED, retention 100.0 %")
+    assert "the lower end of the interval does not agree" in found.goal_line
+
+
 def test_without_a_baseline_the_start_is_the_measure(house: Any) -> None:
     start = house.said("10" * 50)
     for starts in ([start], [start] * 3):
@@ -274,6 +318,7 @@ def test_the_table_fits_80_columns_and_prints_names_as_they_are(house: Any) -> N
         ({"start": ["10", "11"]}, "start has rows of 2 seeds"),
         ({"retain": 0.9}, "needs the teacher's rows"),
         ({"retain": 99}, r"share in \(0, 1\]"),
+        ({"limits": {"macs": 1.0}}, "give retain too"),
         ({"distilled": []}, "nothing to judge"),
         ({"others": {"last": ["10"]}}, "'last'; that name is a role"),
     ],

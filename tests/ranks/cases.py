@@ -6,6 +6,7 @@ import sys
 
 import gradients
 import language
+import masking
 import sharing
 import whole
 from common import main
@@ -17,6 +18,9 @@ if __name__ == "__main__":
     texts = language.make()
     if sys.argv[1:] == ["texts"]:
         main(texts, list(texts))
+    masks = masking.make()
+    if sys.argv[1:] == ["masks"]:
+        main(masks, list(masks))
     small = {**gradients.make(), **sharing.make()}
     usual = [name for name in small if "few" not in name]
-    main({**small, **trainings}, sys.argv[1:] or usual)
+    main({**small, **trainings, **masks}, sys.argv[1:] or usual)

@@ -17,6 +17,7 @@ collect_ignore = [
     "common.py",
     "gradients.py",
     "language.py",
+    "masking.py",
     "sharing.py",
     "whole.py",
     "cases.py",

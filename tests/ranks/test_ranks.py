@@ -28,6 +28,10 @@ def test_language_models_of_two_ranks_are_those_of_one_process(group: Group) -> 
     group("texts", world=2)
 
 
+def test_masked_weights_stay_zero_on_two_ranks_and_learn_as_on_one(group: Group) -> None:
+    group("masks", world=2)
+
+
 def test_four_ranks_have_the_gradients_of_one_process(group: Group) -> None:
     group("few-ddp", "few-fsdp", "gathering", "training-ddp", "once", world=4)
 

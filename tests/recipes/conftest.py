@@ -24,6 +24,24 @@ stages:
 """
 
 
+WORDS = ["<eos>", *(f"w{number}" for number in range(1, 40))]
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder to work in, with ``tokenizer.json`` of 40 words and a ``corpus`` of 60 texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    table = {word: number for number, word in enumerate(WORDS)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<eos>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save("tokenizer.json")
+    Path("corpus").mkdir()
+    for number in range(60):
+        text = (f"w{1 + (number + step) % 39}" for step in range(5 + number % 9))
+        Path(f"corpus/{number:02}.txt").write_text(" ".join(text))
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """``write(old, new, ...)`` writes the recipe with each *old* replaced; returns its path."""

@@ -174,7 +174,7 @@ def test_a_wrong_stage_is_refused_before_any_training(
 
 def test_a_recipe_that_only_exports_is_refused(write: Write) -> None:
     text = "task: image-classification\ndata: digits\nteacher: {load: x}\nstudent: mlp\nstages:\n"
-    with pytest.raises(PreflightError, match="only exports; put a stage that trains before it"):
+    with pytest.raises(PreflightError, match="no stage trains; put one before"):
         load_recipe(write(text=text + STAGE))
 
 

@@ -277,3 +277,19 @@ def test_python_gives_a_list_of_modules_and_functions(tmp_path: Path) -> None:
     assert (found.smallest, found.met, found.goal_line) == (None, None, None)
     assert all(value.equal(before[name]) for name, value in own.state_dict().items())
     assert several(Recipe(student=[own], **given), tmp_path / "one").names == ("Sequential",)
+
+
+def test_the_smallest_is_one_that_costs_no_more_than_the_goal_allows(
+    write: Write, tmp_path: Path
+) -> None:
+    goal = "stages:\n", "goal: {retain: 0.01, macs: 600}\nstages:\n"
+    found = several(write(SINGLE, TWO, *goal), tmp_path / "some", overrides=ONE)
+    assert [cost.macs for cost in found.costs] == [592, 1184]
+    assert found.smallest == 0
+    assert [verdict.goal is not None and verdict.goal.met for verdict in found] == [True, False]
+    none = several(write(SINGLE, TWO, *goal), tmp_path / "none", overrides=[*ONE, "goal.macs=9"])
+    assert none.smallest is None
+    assert none.goal_line is not None
+    assert none.goal_line.startswith(
+        "MISSED, no student keeps 1 % on the validation examples at the cost that the goal allows; "
+    )

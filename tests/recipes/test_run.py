@@ -361,7 +361,10 @@ def test_a_loss_with_weights_starts_anew_in_every_seed(
     [
         ({"stages": [partial(attar.distill, epochs=1, terms=[])]}, "has no terms"),
         ({"stages": [partial(attar.distill, seed=3, terms=[SOFT])]}, "'seed' is the recipe's own"),
-        ({"stages": [TEACHES, print]}, "a stage is distill, train or export, not print"),
+        (
+            {"stages": [TEACHES, print]},
+            "a stage is distill, train, export or one that changes the student, not print",
+        ),
         ({"student": lambda: nn.Linear(9, 3)}, r"cannot read inputs \[2\]"),
         ({"student": lambda: nn.Linear(2, 7)}, "task has 3 classes"),
     ],

@@ -16,10 +16,9 @@ import attar
 from attar.recipes import check, run
 from attar.runtime import DataError, PreflightError
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-WORDS = ["<eos>", *(f"w{number}" for number in range(1, 40))]
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES["intermediate_size"] = 24
 LLAMA = {**SIZES, "num_key_value_heads": 1}
@@ -60,17 +59,8 @@ EMBEDDING: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _files(words: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("attar.evaluation.cost"), "FILL_SECONDS", 0.0)
-    table = {word: number for number, word in enumerate(WORDS)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<eos>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.save("tokenizer.json")
-    Path("corpus").mkdir()
-    for number in range(60):
-        words = (f"w{1 + (number + step) % 39}" for step in range(5 + number % 9))
-        Path(f"corpus/{number:02}.txt").write_text(" ".join(words))
     rows = [f"w{1 + n % 39} w{1 + n % 7} w{1 + n % 11}" for n in range(400)]
     Path("texts.csv").write_text("text\n" + "\n".join(rows) + "\n")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`attar`: run, check, distill, cache, evaluate, export, list, report, track, demo.
+"""`attar`: run, check, distill, search, cache, evaluate, export, list, report, track, demo.
 
 Rooms are imported inside the commands: `attar --help` must not wait for torch.
 """
@@ -20,6 +20,7 @@ import typer
 from attar.cli.caching import app as caching
 from attar.cli.demo import app as demo
 from attar.cli.importing import import_
+from attar.cli.searching import search
 
 EPILOG = (
     "Exit codes: 0 done; 1 the goal was missed; 3 training diverged; 64 wrong usage; 65 wrong "
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(demo)
 app.add_typer(caching)
 app.command(name="import")(import_)
+app.command()(search)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[
@@ -272,7 +274,7 @@ def track(
 
 
 def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any) -> None:
-    from attar.cli.tables import print_exports, print_verdict, print_verdicts
+    from attar.cli.tables import print_chain, print_exports, print_verdict, print_verdicts
     from attar.evaluation import Verdicts
     from attar.recipes import run as run_recipe
     from attar.runtime import EXIT_GOAL_MISSED, read_json
@@ -291,7 +293,9 @@ def _run(loaded: Any, folder: Path, quiet: bool, as_json: bool, **resuming: Any)
         else:
             print_verdict(verdict, whole=not quiet)
             if not quiet:
-                print_exports(read_json(folder / "verdict.json")["exports"])
+                kept = read_json(folder / "verdict.json")
+                print_chain(kept.get("chain"))
+                print_exports(kept["exports"])
         if not quiet:
             print(f"report     {folder / 'report.html'}")
     if isinstance(verdict, Verdicts):
@@ -347,7 +351,7 @@ def _meant(path: Any) -> str:
 
 
 def _how_to_go_on() -> str:
-    trains = sys.argv[1:2] in (["run"], ["distill"])
+    trains = sys.argv[1:2] in (["run"], ["distill"], ["search"])
     return "; go on with the same command and --resume" if trains else ""
 
 

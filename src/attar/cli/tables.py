@@ -46,6 +46,23 @@ def print_verdicts(verdicts: Any, *, whole: bool) -> None:
         console.print(verdicts.notes[0], soft_wrap=True)
 
 
+def print_chain(chain: dict[str, Any] | None) -> None:
+    """A row for each stage of a chain; nothing where there is none."""
+    from rich.text import Text
+
+    if not chain:
+        return
+    made = Table(box=None, header_style="", padding=(0, 2, 0, 0))
+    stage, metric, *costs = chain["table"]["columns"]
+    kept = [costs.index(each) for each in ("parameters", "size", "1 example, ms")]
+    for head in (stage, metric, "change", *(costs[place] for place in kept)):
+        made.add_column(head, justify="left" if head == stage else "right")
+    for name, score, *rest in chain["table"]["rows"]:
+        texts = [name["text"], score["text"], score["note"], *(rest[p]["text"] for p in kept)]
+        made.add_row(*(Text(each or "-") for each in texts))
+    console.print(made)
+
+
 def print_exports(exports: Sequence[dict[str, Any]]) -> None:
     """A line for each exported file; nothing where there is none."""
     if not exports:
@@ -96,10 +113,13 @@ def _print_plan(plan: dict[str, Any]) -> None:
         members = plan[role].get("members", ())
         lines += [(f"  member {index}", _size(each)) for index, each in enumerate(members)]
     if "parameters" in plan["teacher"]:
-        ratio = plan["teacher"]["parameters"] / max(plan["student"]["parameters"], 1)
-        lines.append(("ratio", f"the student is {ratio:.1f} times smaller"))
+        last = plan.get("result", plan["student"])
+        ratio = plan["teacher"]["parameters"] / max(last["parameters"], 1)
+        of = " in the end" if "result" in plan else ""
+        lines.append(("ratio", f"the student is {ratio:.1f} times smaller{of}"))
     lines += _learned(plan["saw"])
     for index, stage in enumerate(plan["stages"]):
+        lines += _changes(stage)
         lines.append((f"stage {index}", _stage(stage, seeds)))
         if "assistant" in stage:
             lines.append(("  assistant", _size(stage["assistant"])))
@@ -107,12 +127,18 @@ def _print_plan(plan: dict[str, Any]) -> None:
         lines += _labels(stage["gradients"])
         if stage["lopsided"]:
             lines.append(("  warning", stage["lopsided"]))
+    lines += _changes(plan)
     if "export" in plan:
         made = plan["export"]
         formats = f"{', '.join(made['formats'])}; tried on the untrained student"
         lines.append((made["folder"], formats))
     _print_rows(lines, 11)
     _print_proposals(plan["stages"])
+
+
+def _changes(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is done to the student's structure there, as far as an untrained one can tell."""
+    return [(each["do"], each["told"].partition("\n")[0]) for each in plan.get("changes", ())]
 
 
 def _size(size: dict[str, Any]) -> str:

@@ -244,7 +244,7 @@ def export_model(
     formats: Sequence[str],
     *,
     plugins: Sequence[str] = (),
-    **licences: str | None,
+    **licences: Any,
 ) -> list[Any]:
     """Export a saved model into *into*, each file checked on the test split of *data*."""
     from attar.exporting import export

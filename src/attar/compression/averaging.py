@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import nn
 
+from attar.compression.common import spread
 from attar.models.state import shape_differences, shapes_of
 from attar.runtime import UsageError, to_device
 
@@ -95,8 +96,7 @@ def reestimate_batch_norm(model: nn.Module, data: Any, task: Any, rows: int = 20
         norm.momentum = None  # a plain mean over batches
         norm.train()
     place = next(made.parameters()).device
-    count = min(rows, len(data))
-    for ids in (torch.arange(count) * len(data) // count).split(BATCH):
+    for ids in spread(rows, data).split(BATCH):
         if len(ids) > 1:
             task.forward(made, to_device(data.rows(ids), place))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -12,8 +12,14 @@ from attar.runtime import UsageError
 
 # Names of the parts of attention and of the feed-forward layer, as transformers and attar spell
 # them. The dimension meant is that of the outputs in the first group, of the inputs in the other.
-_QUERIES = re.compile(r"\.(q_proj|query|q|q_lin)\.(weight|bias)$")
-_KEYS = re.compile(r"\.(k_proj|v_proj|key|value|k|v|k_lin|v_lin)\.(weight|bias)$")
+APART = (  # queries, keys and values, each a layer
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+_QUERIES = re.compile(rf"\.({'|'.join(q for q, _, _ in APART)})\.(weight|bias)$")
+_KEYS = re.compile(rf"\.({'|'.join(f'{k}|{v}' for _, k, v in APART)})\.(weight|bias)$")
 _FUSED = re.compile(r"((?<=attention)\.qkv|(?<=attn)\.c_attn)\.(weight|bias)$")
 _MIXED = re.compile(
     r"(\.(o_proj|out_proj|out_lin|o)|(?<=attention)\.(output\.dense|project)|(?<=attn)\.c_proj)"

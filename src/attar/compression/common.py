@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from attar.models.adapters import has_adapters
@@ -14,6 +17,36 @@ from attar.models.state import aliases_of
 from attar.runtime import UsageError, first_line
 
 _SHARED = "shares its weight with another part"
+_P = ParamSpec("_P")
+
+
+class Plan(Protocol):
+    """What says how a model becomes smaller."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A smaller copy of *model*, which is left as it is."""
+
+
+def applied(plan: Callable[_P, Plan]) -> Callable[_P, nn.Module]:
+    """The verb of a plan: ``prune = applied(plan_prune)`` takes what *plan* takes, a model first.
+
+    It gives what ``plan(model, ...).apply(model)`` gives. Its docstring is that of *plan*, which
+    therefore speaks of both.
+    """
+    # Types as objects: recipes read them, and know nothing of the names in the plan's module.
+    signature = inspect.signature(plan, eval_str=True).replace(return_annotation=nn.Module)
+
+    @wraps(plan)
+    def verb(*args: _P.args, **kwargs: _P.kwargs) -> nn.Module:
+        given = signature.bind(*args, **kwargs)
+        return plan(*args, **kwargs).apply(given.args[0])
+
+    for name in ("__name__", "__qualname__"):
+        setattr(verb, name, getattr(verb, name).removeprefix("plan_"))
+    told: Any = verb
+    told.__signature__ = signature
+    told.__annotations__ = {**plan.__annotations__, "return": nn.Module}
+    return verb
 
 
 def check_plain(model: nn.Module, who: str) -> None:
@@ -65,8 +98,10 @@ def layers_of(
     return chosen, left
 
 
-def run(model: nn.Module, inputs: Any, who: str) -> Any:
-    """What *model* answers to a tensor, or to a table of arguments."""
+def run(model: nn.Module, inputs: Any, who: str, task: Any = None) -> Any:
+    """What *model* answers to a tensor, to a table of arguments, or as *task* runs it."""
+    if task is not None:
+        return task.forward(model, inputs)
     try:
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -83,6 +118,12 @@ def answer(out: Any) -> Tensor:
             return found
     first = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
     return first
+
+
+def spread(rows: int, data: Any) -> Tensor:
+    """The numbers of up to *rows* examples from all over *data*."""
+    count = min(rows, len(data))
+    return torch.arange(count) * len(data) // count
 
 
 def count(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from attar.compression.common import check_plain, count, layers_of, thousands
+from attar.compression.common import applied, check_plain, count, layers_of, thousands
 from attar.compression.low_rank import (
     Options,
     Split,
@@ -108,23 +108,28 @@ class Factorization:
             if self.examples and each.path not in self.seen:
                 raise UsageError(
                     "this plan was made with examples, which no file keeps; make it again with "
-                    "plan_factorize(model, ..., inputs=...)"
+                    "plan_factorize(model, example, ...)"
                 )
             two = factors(layer, each.split, each.rank, self.seen.get(each.path))
             made = put(made, each.path, two.train(layer.training))
         return noted(made, model)
 
 
-def factorize(
+@torch.no_grad()
+def plan_factorize(
     model: nn.Module,
+    example: Any = None,
     *,
     rank: Rank | None = None,
     energy: Energy | None = None,
     layers: Sequence[str] = ("*",),
     skip: Sequence[str] = ("head",),
-    inputs: Any = None,
-) -> nn.Module:
+    task: Any = None,
+) -> Factorization:
     """A copy of *model* whose linear and convolutional layers are two smaller ones each.
+
+    `factorize` makes it, and `plan_factorize` tells beforehand what would become of each layer; it
+    changes nothing.
 
     A weight W [out, in] becomes B A with A [rank, in] and B [out, rank], of all such products the
     nearest to W: its largest singular values (Eckart & Young 1936). The error is the root of the
@@ -135,7 +140,7 @@ def factorize(
     Jaderberg et al., arXiv:1405.3866; Tai et al., arXiv:1511.06067). Convolutions of several
     groups stay as they are.
 
-    With *inputs* the error is that of what a layer answers to them: the singular values are those
+    With *example* the error is that of what a layer answers to them: the singular values are those
     of W S, where S S' is the second moment of what the layer reads (SVD-LLM, arXiv:2403.07378).
     Convolutions are split by channel then. The rank alone decides how much smaller the model is.
 
@@ -150,6 +155,8 @@ def factorize(
 
     Args:
         model: left as it is.
+        example: what the model reads: a tensor [n, ...], or a table of arguments; with *task* a
+            batch. Some hundreds of rows are enough.
         rank: how many features there are between the two layers: a number, or a share of the most
             there could be. Of a convolution it is the number of channels of the first split; the
             second has as many weights at most.
@@ -158,8 +165,7 @@ def factorize(
             letters and ``!`` for a layer to spare.
         skip: patterns of layers to spare. The head is small, and nothing after it can make good
             what it loses.
-        inputs: examples that the model reads: a tensor, or a table of arguments. Some hundreds
-            are enough.
+        task: how the model is run on *example*.
 
     Layers that would not become smaller, and those whose weight another part shares, stay as they
     are; `plan_factorize` tells which.
@@ -167,21 +173,6 @@ def factorize(
     Errors: neither *rank* nor *energy*, or both; nothing would become smaller; weights that are
     not finite; a model with masks or adapters (UsageError).
     """
-    plan = plan_factorize(model, rank=rank, energy=energy, layers=layers, skip=skip, inputs=inputs)
-    return plan.apply(model)
-
-
-@torch.no_grad()
-def plan_factorize(
-    model: nn.Module,
-    *,
-    rank: Rank | None = None,
-    energy: Energy | None = None,
-    layers: Sequence[str] = ("*",),
-    skip: Sequence[str] = ("head",),
-    inputs: Any = None,
-) -> Factorization:
-    """What `factorize` would make of *model*, with its arguments; changes nothing."""
     _check(rank, energy)
     check_plain(model, "factorize")
     chosen, left = layers_of(model, layers, skip, (nn.Linear, nn.Conv2d), "factorize")
@@ -189,7 +180,7 @@ def plan_factorize(
         if (why := _spared(model, path, layer)) is not None:
             left[path] = why
             del chosen[path]
-    seen, examples = ({}, 0) if inputs is None else moments(model, chosen, inputs)
+    seen, examples = ({}, 0) if example is None else moments(model, chosen, example, task)
     found: list[Factored] = []
     for path, layer in chosen.items():
         try:
@@ -205,6 +196,9 @@ def plan_factorize(
     before = count(model)
     after = before - sum(each.weights[0] - each.weights[1] for each in found)
     return Factorization(tuple(found), left, (before, after), examples, seen)
+
+
+factorize = applied(plan_factorize)
 
 
 class _Left(Exception):

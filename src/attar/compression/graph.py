@@ -11,17 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attar.compression.axes import APART
 from attar.runtime import UsageError, first_line
 
 INSTALL = 'pip install "attar[prune]"'
 
 # What attention calls its parts, and how many heads it has.
-_READS = (
-    ("qkv",),
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-)
+_READS = (("qkv",), *APART)
 _HEADS = ("heads", "num_attention_heads", "num_heads", "n_heads")
 _INNER = ("gate_proj", "up_proj", "wi", "wi_0", "wi_1")
 _WIDTHS = ("all_head_size",)  # heads times the width of one

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.compression.axes import Axis, transposed
-from attar.runtime import eval_mode
+from attar.compression.common import spread
+from attar.runtime import eval_mode, to_device
 
 if TYPE_CHECKING:
     from attar.compression.inherit import Row
@@ -114,9 +115,7 @@ def _inputs(part: nn.Module) -> int:
 def _passes(model: nn.Module, data: Any, task: Any, rows: int) -> Iterator[None]:
     """Run the model on *rows* examples from all over the data, a batch at a time."""
     place = next(iter(model.parameters())).device
-    count = min(rows, len(data))
     with torch.no_grad(), eval_mode(model):
-        for ids in (torch.arange(count) * len(data) // count).split(BATCH):
-            batch = {name: value.to(place) for name, value in data.rows(ids).items()}
-            task.forward(model, batch)
+        for ids in spread(rows, data).split(BATCH):
+            task.forward(model, to_device(data.rows(ids), place))
             yield

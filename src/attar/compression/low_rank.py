@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.models.changed import LowRank
+from attar.models.masks import PLAIN
 
 Split = Literal["linear", "channel", "spatial"]
 
@@ -116,7 +117,7 @@ def _layers(layer: Any, split: Split, rank: int, first: Tensor, second: Tensor) 
         second = second.unflatten(0, (weight.shape[0], 1, weight.shape[3])).movedim(3, 1)
     for part, values in zip(two, (first, second), strict=True):
         shaped = values.reshape(part.weight.shape)
-        part.weight = nn.Parameter(shaped.to(weight).contiguous())
+        part.weight = nn.Parameter(shaped.to(weight).clone(memory_format=PLAIN))
         if part.bias is not None:
             part.bias = nn.Parameter(layer.bias.detach().clone())
     return LowRank(*two)

@@ -17,14 +17,14 @@ _ROWS = 1 << 16  # of a convolution's patches at a time
 
 
 def moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, task: Any = None
 ) -> tuple[dict[str, Tensor], int]:
     """The mean of x x' over all that each layer reads, [in, in] in float64; how many examples.
 
     Args:
         model: run once, in eval mode.
         layers: linear and convolutional layers of *model*, by path. A convolution reads patches.
-        inputs: a tensor [n, ...], or a table of arguments.
+        inputs: a tensor [n, ...], or a table of arguments; with *task* a batch.
 
     Errors: a layer that the model does not call (UsageError).
     """
@@ -42,7 +42,7 @@ def moments(
     ]
     try:
         with eval_mode(model), torch.no_grad():
-            run(model, inputs, "factorize")
+            run(model, inputs, "factorize", task)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,15 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from attar.compression.common import answer, check_plain, count, layers_of, run, thousands
+from attar.compression.common import (
+    answer,
+    applied,
+    check_plain,
+    count,
+    layers_of,
+    run,
+    thousands,
+)
 from attar.compression.graph import check_known, pruned
 from attar.models.changed import differences, noted, replace
 from attar.models.state import aliases_of
@@ -105,7 +113,7 @@ class Pruning:
         return tensor.clone()
 
 
-def prune(
+def plan_prune(
     model: nn.Module,
     example: Any,
     *,
@@ -116,8 +124,10 @@ def prune(
     skip: Sequence[str] = ("head",),
     round_to: Size | None = None,
     task: Any = None,
-) -> nn.Module:
+) -> Pruning:
     """A smaller copy of *model*: the least important channels, features and heads are gone.
+
+    `prune` makes it, and `plan_prune` tells beforehand what would go; it changes nothing.
 
     Channels that depend on each other, as over a residual sum, go together: the library
     torch-pruning finds them in the graph of the model (DepGraph, arXiv:2301.12900). Of
@@ -153,39 +163,13 @@ def prune(
     queries, which it cannot prune; nothing would go; a model that does not run afterwards
     (UsageError).
     """
-    return plan_prune(
-        model,
-        example,
-        ratio=ratio,
-        importance=importance,
-        among=among,
-        layers=layers,
-        skip=skip,
-        round_to=round_to,
-        task=task,
-    ).apply(model)
-
-
-def plan_prune(
-    model: nn.Module,
-    example: Any,
-    *,
-    ratio: Ratio,
-    importance: Importance = "magnitude",
-    among: Among = "layer",
-    layers: Sequence[str] = ("*",),
-    skip: Sequence[str] = ("head",),
-    round_to: Size | None = None,
-    task: Any = None,
-) -> Pruning:
-    """What `prune` would make of *model*, with its arguments; changes nothing."""
     _check(ratio, importance, among, task)
     check_plain(model, "prune")
     chosen, _ = layers_of(model, layers, skip, (nn.Linear, nn.Conv2d), "prune")
     check_known(model, chosen)
 
     def forward(module: nn.Module, given: Any) -> Tensor:
-        out = run(module, given, "prune") if task is None else task.forward(module, given)
+        out = run(module, given, "prune", task)
         return answer(out)
 
     with eval_mode(model), torch.no_grad():
@@ -204,6 +188,9 @@ def plan_prune(
     plan = _recorded(model, marked)
     _check_runs(plan, model, forward, example, before)
     return plan
+
+
+prune = applied(plan_prune)
 
 
 def _check(ratio: Any, importance: Any, among: Any, task: Any) -> None:

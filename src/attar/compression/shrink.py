@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from attar.compression.axes import config_of
+from attar.compression.common import applied, count, thousands
 from attar.compression.inherit import Choice, Inheritance, Layers, Share, plan_inheritance
 from attar.models import build, families
 from attar.runtime import UsageError, suggest
@@ -63,9 +64,8 @@ class Shrink:
 
     def told(self) -> str:
         """A few lines for people."""
-        of, left = self.parameters
         named = ", ".join(f"{key}: {value}" for key, value in self.changes.items())
-        return f"{of:,} parameters to {left:,} ({named})\n{self.inheritance.told()}"
+        return f"{thousands(self.parameters)}: {named}\n{self.inheritance.told()}"
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The smaller model; *model* is left as it is."""
@@ -73,7 +73,7 @@ class Shrink:
         return self.inheritance.apply(student, model).train(model.training)
 
 
-def shrink(
+def plan_shrink(
     teacher: nn.Module,
     *,
     depth: Depth | Mapping[str, int] | None = None,
@@ -86,12 +86,12 @@ def shrink(
     scale: float = 1.0,
     blend: Share = 1.0,
     seed: int = 0,
-) -> nn.Module:
+) -> Shrink:
     """A smaller model made from *teacher*: fewer layers, narrower ones, and its weights.
 
     The result is an ordinary model of the teacher's class, with a smaller config or other options
-    of its family, so that it is saved, loaded and exported as any other. `plan_shrink` tells
-    beforehand what it will be::
+    of its family, so that it is saved, loaded and exported as any other. `shrink` makes it, and
+    `plan_shrink` tells beforehand what it will be; it changes nothing::
 
         student = attar.shrink(teacher, depth=10)
         student = attar.shrink(teacher, width=0.5, select="importance", data=train, task=task)
@@ -111,32 +111,6 @@ def shrink(
     Errors: a model of another kind, an option or a value that it does not have, what
     `plan_inheritance` refuses (UsageError).
     """
-    plan = plan_shrink(
-        teacher,
-        depth=depth,
-        width=width,
-        layers=layers,
-        select=select,
-        data=data,
-        task=task,
-        rows=rows,
-        scale=scale,
-        blend=blend,
-        seed=seed,
-    )
-    return plan.apply(teacher)
-
-
-def plan_shrink(
-    teacher: nn.Module,
-    *,
-    depth: Depth | Mapping[str, int] | None = None,
-    width: Factor | Mapping[str, Any] | None = None,
-    layers: Layers | Mapping[str, Layers] = "spaced",
-    seed: int = 0,
-    **inherited: Any,
-) -> Shrink:
-    """How `shrink` would make a smaller model, with its arguments; changes nothing."""
     if depth is None and isinstance(layers, Sequence) and not isinstance(layers, str):
         depth = len(layers)
     if depth is None and width is None:
@@ -154,12 +128,21 @@ def plan_shrink(
             "attar.transfer(student, teacher)"
         )
     student = _smaller(teacher, changes, seed)
-    plan = plan_inheritance(student, teacher, layers=layers, **inherited)
-    counts = (
-        sum(p.numel() for p in teacher.parameters()),
-        sum(p.numel() for p in student.parameters()),
+    plan = plan_inheritance(
+        student,
+        teacher,
+        layers=layers,
+        select=select,
+        data=data,
+        task=task,
+        rows=rows,
+        scale=scale,
+        blend=blend,
     )
-    return Shrink(changes, plan, seed, counts)
+    return Shrink(changes, plan, seed, (count(teacher), count(student)))
+
+
+shrink = applied(plan_shrink)
 
 
 def _smaller(model: nn.Module, changes: Mapping[str, Any], seed: int) -> nn.Module:
@@ -178,7 +161,10 @@ def _rebuilt(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
             options["config"] = {**options["config"], **changes}
         else:
             options |= changes
-        return build(built["family"], **options)
+        student = build(built["family"], **options)
+        if hasattr(getattr(model, "config", None), "use_cache"):  # often set after it was built
+            student.config.use_cache = model.config.use_cache  # type: ignore[union-attr]
+        return student
     config = copy.deepcopy(model.config)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -209,11 +195,11 @@ def _config_depth(config: Any, depth: Any) -> dict[str, int]:
     own = {_own(config, key): getattr(config, key) for key in _DEPTHS if hasattr(config, key)}
     if not isinstance(depth, Mapping):
         depth = dict.fromkeys(own, depth)
-    for key, count in depth.items():
+    for key, wanted in depth.items():
         if key not in own:
             raise UsageError(f"shrink: depth has no '{key}'; {suggest(key, own)}")
-        if not 1 <= count <= own[key]:
-            raise UsageError(f"shrink: {key} must be from 1 to {own[key]}, not {count}")
+        if not 1 <= wanted <= own[key]:
+            raise UsageError(f"shrink: {key} must be from 1 to {own[key]}, not {wanted}")
     return dict(depth)
 
 

@@ -12,7 +12,7 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
-from attar.compression.common import check_plain, layers_of
+from attar.compression.common import applied, check_plain, layers_of
 from attar.models.adapters import has_adapters
 from attar.models.masks import baked, put_mask
 from attar.runtime import UsageError
@@ -83,7 +83,8 @@ class Sparsity:
 _COUNTS = ("zeros", "weights")
 
 
-def sparsify(
+@torch.no_grad()
+def plan_sparsify(
     model: nn.Module,
     *,
     amount: Amount | None = None,
@@ -91,8 +92,11 @@ def sparsify(
     among: Among = "model",
     layers: Sequence[str] = ("*",),
     skip: Sequence[str] = ("head",),
-) -> nn.Module:
+) -> Sparsity:
     """A copy of *model* in which the smallest weights are zero, and stay zero while it learns.
+
+    `sparsify` makes it, and `plan_sparsify` tells beforehand how many in which layer; it changes
+    nothing.
 
     By magnitude (Han et al., arXiv:1506.02626), in any place or, with ``pattern="2:4"``, the two
     smallest of every four along a layer's inputs, which the sparse tensor cores of NVIDIA
@@ -122,22 +126,6 @@ def sparsify(
     Errors: neither *amount* nor *pattern*, or both; no such layer; a layer that would keep
     nothing (UsageError).
     """
-    return plan_sparsify(
-        model, amount=amount, pattern=pattern, among=among, layers=layers, skip=skip
-    ).apply(model)
-
-
-@torch.no_grad()
-def plan_sparsify(
-    model: nn.Module,
-    *,
-    amount: Amount | None = None,
-    pattern: Pattern | None = None,
-    among: Among = "model",
-    layers: Sequence[str] = ("*",),
-    skip: Sequence[str] = ("head",),
-) -> Sparsity:
-    """What `sparsify` would make of *model*, with its arguments; changes nothing."""
     _check(amount, pattern, among)
     if has_adapters(model):
         check_plain(model, "sparsify")
@@ -157,6 +145,9 @@ def plan_sparsify(
     _check_kept(weights, zeros)
     found = tuple(Thinned(path, each.numel(), zeros[path]) for path, each in weights.items())
     return Sparsity(found, pattern or "", left)
+
+
+sparsify = applied(plan_sparsify)
 
 
 def schedule(

@@ -203,6 +203,7 @@ def _costs(verdict: Verdict) -> list[Row]:
         _row(verdict, "size", "of the weights", counted("bytes", size, "smaller", "larger")),
         _row(verdict, "time for 1, in ms", "median / 95 % of passes", _latency("1")),
         _row(verdict, "time for 64, in ms", "median / 95 % of passes", _latency("64")),
+        _memory(verdict),
         _training(verdict),
     ]
 
@@ -216,6 +217,20 @@ def _latency(batch: str) -> Callable[[ModelReport], Cell | None]:
         return cell(text, _times(model, f"latency_{batch}", "faster", "slower"))
 
     return make
+
+
+def _memory(verdict: Verdict) -> Row:
+    teacher = verdict.models.get("teacher")
+    most = teacher.cost.peak_bytes.get("64") if teacher and teacher.cost else None
+
+    def make(model: ModelReport) -> Cell | None:
+        if model.cost is None or (held := model.cost.peak_bytes.get("64")) is None:
+            return None
+        if not most or not held or model is teacher:
+            return cell(size(held))
+        return cell(size(held), times(most / held, "less", "more"))
+
+    return _row(verdict, "memory for 64", "of a pass, beyond the weights", make)
 
 
 def _training(verdict: Verdict) -> Row:

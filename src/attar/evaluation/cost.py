@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, bytes and time."""
+"""What a model costs: parameters, multiply-adds, bytes, time and memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attar.evaluation.memory import peak_bytes
 from attar.evaluation.rows import evaluating
 from attar.runtime import UsageError, resolve_device
 
@@ -37,6 +38,9 @@ class Cost:
         latency: milliseconds of a forward pass by batch size, {"1": {"p50_ms", "p95_ms"}, ...}.
         threads: CPU threads that torch used.
         device: the name of the processor.
+        peak_bytes: the most memory that a forward pass holds beyond the weights and the batch, by
+            batch size; empty where it was not measured.
+        throughput: examples a second by batch size: the batch over the median time.
     """
 
     parameters: int
@@ -45,6 +49,12 @@ class Cost:
     latency: dict[str, dict[str, float]]
     threads: int
     device: str
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    throughput: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for size, taken in self.latency.items():
+            self.throughput.setdefault(size, 1000 * int(size) / max(taken["p50_ms"], 1e-9))
 
     def to_json(self) -> dict[str, Any]:
         """This cost as JSON values."""
@@ -74,7 +84,8 @@ def costs(
     Latency is a forward pass in eval mode without gradients, after a warm-up, repeated until
     about 0.3 s are filled (20 to 500 times; fewer, and at least once, where that takes over 10 s).
     The models take turns, so that what else the machine does falls on all of them: two copies of
-    one network get the same time. They come back as they were.
+    one network get the same time. Memory is that of one more pass, which is not timed. The models
+    come back as they were.
 
     Args:
         inputs: at least one example [n, ...]; repeated to fill a batch.
@@ -91,6 +102,10 @@ def costs(
             stack.enter_context(evaluating(model, place))
         batches = {size: _filled(inputs, size).to(place) for size in BATCHES}
         macs = {name: count_macs(model, batches[1]) for name, model in models.items()}
+        peaks = {
+            name: {str(size): peak_bytes(model, batch) for size, batch in batches.items()}
+            for name, model in models.items()
+        }
         taken = {str(size): _latencies(models, batch, place) for size, batch in batches.items()}
     return {
         name: Cost(
@@ -100,6 +115,7 @@ def costs(
             latency={size: found[name] for size, found in taken.items()},
             threads=torch.get_num_threads(),
             device=_device_name(place),
+            peak_bytes=peaks[name],
         )
         for name, model in models.items()
     }

@@ -13,7 +13,15 @@ from attar.evaluation.cost import Cost
 from attar.evaluation.cost import costs as measured_costs
 from attar.evaluation.intervals import ALPHA, RESAMPLES, Difference, Estimate, Resampled
 from attar.evaluation.rows import collect
-from attar.evaluation.verdict import Goal, ModelReport, Outcome, Seen, Verdict
+from attar.evaluation.verdict import (
+    Goal,
+    Limit,
+    ModelReport,
+    Outcome,
+    Seen,
+    Verdict,
+    limits_of,
+)
 from attar.runtime import UsageError, suggest
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ def judge(
     seconds: Mapping[str, float] | None = None,
     teacher_share: float | None = None,
     retain: float | None = None,
+    limits: Mapping[str, float] | None = None,
     called: str = "distilled",
     taught_by: str | None = None,
     reuses_head: bool = False,
@@ -57,6 +66,7 @@ def judge(
         seconds: training time of one run, by role or name.
         teacher_share: the share of the distillation's time that was spent asking the teacher.
         retain: the goal: the share of the teacher's metric to keep, as 0.99.
+        limits: the most that the student may cost beside it: ``latency_ms``, ``size_mb``, ``macs``.
         called: what the judged student is called.
         taught_by: what taught it, where that is no model of a role.
         reuses_head: the judged student ends in its teacher's classifier.
@@ -64,13 +74,15 @@ def judge(
         resamples, seed: of the bootstrap.
 
     Raises:
-        UsageError: a goal without a teacher, seeds that do not pair, a name that is a role.
+        UsageError: a goal without a teacher, limits without a goal or a cost, seeds that do not
+            pair, a name that is a role.
         DataError: no labels, or not the same examples for all models.
     """
     given = {"teacher": teacher and [teacher], "baseline": baseline, "start": start}
     given |= {"distilled": distilled, "last": last, **(others or {})}
     groups = {name: list(rows) for name, rows in given.items() if rows}
     _check(groups, others or {}, retain)
+    within = _limits(limits or {}, retain, (costs or {}).get("distilled"))
     found = Resampled(task, groups, resamples=resamples, seed=seed)
     costs, seconds = costs or {}, seconds or {}
     models = {
@@ -93,7 +105,7 @@ def judge(
         models=models,
         goal=None
         if retain is None
-        else _goal(retain, models["distilled"].retention, found.examples),
+        else _goal(retain, models["distilled"].retention, found.examples, within),
         last=found.mean("last") if "last" in groups else None,
         floor=task.floor(labels),
         teacher_share=teacher_share,
@@ -199,13 +211,26 @@ def _outcome(difference: Difference | None, higher_is_better: bool) -> Outcome:
     return "better" if (difference.value > 0) == higher_is_better else "worse"
 
 
-def _goal(retain: float, found: Estimate | None, examples: int) -> Goal:
+def _limits(
+    asked: Mapping[str, float], retain: float | None, cost: Cost | None
+) -> tuple[Limit, ...]:
+    if not asked:
+        return ()
+    if retain is None:
+        raise UsageError("limits stand beside the share to keep; give retain too, as 0.99")
+    if cost is None:
+        raise UsageError(f"the goal for {min(asked)} needs what the student costs; give costs")
+    return limits_of(asked, cost)
+
+
+def _goal(retain: float, found: Estimate | None, examples: int, limits: tuple[Limit, ...]) -> Goal:
     if found is None:
-        return Goal(retain, None, met=False, sure=False, enough_examples=False)
+        return Goal(retain, None, met=False, sure=False, enough_examples=False, limits=limits)
     loss = 1 - retain
     enough = found.high - found.low <= loss and examples * loss >= 3
-    met = found.value >= retain
-    return Goal(retain, found, met=met, sure=met and found.low >= retain, enough_examples=enough)
+    met = found.value >= retain and all(limit.met for limit in limits)
+    sure = met and found.low >= retain
+    return Goal(retain, found, met=met, sure=sure, enough_examples=enough, limits=limits)
 
 
 def _class_counts(

@@ -59,16 +59,47 @@ class ModelReport:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The most that the student may cost in one respect.
+
+    Attributes:
+        name: ``latency_ms`` (median of one example), ``size_mb`` (weights on disk) or ``macs``.
+        most: what was asked for, in that unit.
+        value: what the student costs.
+    """
+
+    name: str
+    most: float
+    value: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the student costs no more."""
+        return self.value <= self.most
+
+
+def limits_of(asked: Mapping[str, float], cost: Cost) -> tuple[Limit, ...]:
+    """What a model costs beside the most that was asked for, by name."""
+    values = {
+        "latency_ms": cost.latency["1"]["p50_ms"],
+        "size_mb": cost.bytes / 1e6,
+        "macs": float(cost.macs),
+    }
+    return tuple(Limit(name, most, values[name]) for name, most in asked.items())
+
+
+@dataclass(frozen=True)
 class Goal:
     """Whether the student keeps the share of the teacher's metric that was asked for.
 
     Attributes:
         retain: the share asked for.
         retention: the share kept, with its interval.
-        met: by the point estimate.
+        met: by the point estimate, and within all limits.
         sure: the lower end of the interval says so too.
         enough_examples: the test set can tell a loss of ``1 - retain`` at all: the interval is
             not wider than that, and at least 3 examples are expected in it (the rule of three).
+        limits: the most that the student may cost, and what it does.
     """
 
     retain: float
@@ -76,6 +107,12 @@ class Goal:
     met: bool
     sure: bool
     enough_examples: bool
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def kept(self) -> bool:
+        """Whether the share is kept, by the point estimate, whatever the student costs."""
+        return self.retention is not None and self.retention.value >= self.retain
 
 
 @dataclass(frozen=True)
@@ -178,6 +215,7 @@ def _goal(goal: Goal | None) -> dict[str, Any] | None:
     return asdict(goal) | {
         "retention": found and found.value,
         "interval": found and [found.low, found.high],
+        "limits": [asdict(limit) | {"met": limit.met} for limit in goal.limits],
     }
 
 

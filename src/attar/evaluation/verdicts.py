@@ -20,7 +20,7 @@ from attar.evaluation.numbers import (
     times,
     title,
 )
-from attar.evaluation.verdict import ModelReport, Verdict
+from attar.evaluation.verdict import ModelReport, Verdict, limits_of
 
 FORMAT = "attar-verdicts/1"
 AXES = ("size", "latency")
@@ -69,9 +69,17 @@ class Verdicts(Sequence[Verdict]):
         if goal is None:
             return None
         meeting = [
-            i for i, kept in enumerate(self.kept) if kept is not None and kept >= goal.retain
+            i
+            for i, kept in enumerate(self.kept)
+            if kept is not None and kept >= goal.retain and self._affordable(i)
         ]
         return min(meeting, key=lambda i: self.costs[i].bytes, default=None)
+
+    def _affordable(self, place: int) -> bool:
+        """Whether a student costs no more than the goal allows."""
+        goal = self.verdicts[0].goal
+        asked = {limit.name: limit.most for limit in goal.limits} if goal else {}
+        return all(limit.met for limit in limits_of(asked, self.costs[place]))
 
     @property
     def met(self) -> bool | None:
@@ -94,14 +102,7 @@ class Verdicts(Sequence[Verdict]):
             (sign * primary(verdict), cost_of(cost, axis))
             for verdict, cost in zip(self.verdicts, self.costs, strict=True)
         ]
-        return [
-            place
-            for place, (own, price) in enumerate(points)
-            if not any(
-                (other > own and cost <= price * slack) or (other == own and cost * slack < price)
-                for other, cost in points
-            )
-        ]
+        return undominated(points, slack)
 
     @property
     def headline(self) -> str:
@@ -129,7 +130,10 @@ class Verdicts(Sequence[Verdict]):
                 return f"MISSED, no student has a ratio to the teacher; goal {wanted}"
             kept, place = max(known)
             near = f"{self.names[place]} comes nearest with {show('retention', kept)}"
-            return f"MISSED, no student keeps {wanted} on the validation examples; {near}"
+            if goal.limits and kept >= goal.retain:
+                near = f"{self.names[place]} keeps most, {show('retention', kept)}"
+            within = " at the cost that the goal allows" if goal.limits else ""
+            return f"MISSED, no student keeps {wanted} on the validation examples{within}; {near}"
         kept_there = show("retention", self.kept[self.smallest])
         name, verdict = self.names[self.smallest], self.verdicts[self.smallest]
         return (
@@ -203,6 +207,22 @@ def primary(verdict: Verdict) -> float:
 def cost_of(cost: Cost, axis: str) -> float:
     """The bytes of the weights ("size"), or the median time of one example in ms ("latency")."""
     return float(cost.bytes if axis == "size" else cost.latency["1"]["p50_ms"])
+
+
+def undominated(points: Sequence[tuple[float, float]], slack: float = 1.0) -> list[int]:
+    """The places of those that no other beats in both: a quality, more is better, and a cost.
+
+    Args:
+        slack: costs that are no more than so many times each other are the same.
+    """
+    return [
+        place
+        for place, (own, price) in enumerate(points)
+        if not any(
+            (other > own and cost <= price * slack) or (other == own and cost * slack < price)
+            for other, cost in points
+        )
+    ]
 
 
 def _span(ends: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from attar.evaluation import cells
 from attar.evaluation.numbers import (
     between,
     change,
@@ -19,13 +20,14 @@ from attar.evaluation.numbers import (
 
 if TYPE_CHECKING:
     from attar.evaluation.intervals import Estimate
-    from attar.evaluation.verdict import Goal, Verdict
+    from attar.evaluation.verdict import Goal, Limit, Verdict
 
 OUTCOMES = {
     "better": "BETTER than",
     "no difference": "NO DIFFERENCE from",
     "worse": "WORSE than",
 }
+LIMITS = {"latency_ms": "time for one example", "size_mb": "size", "macs": "multiply-adds"}
 AGAINST = {
     "baseline": "the baseline",
     "start": "the student before distillation (no baseline: the training data have no labels)",
@@ -72,15 +74,40 @@ def goal_line(goal: Goal, verdict: Verdict) -> str:
     interval = between("retention", found.low, found.high, verdict.examples)
     value = f"retention {show('retention', found.value, digits=digits)} {interval}, {wanted}"
     doubts = _doubts(goal, found, "examples or seeds" if verdict.seeds > 1 else "examples")
-    line = f"{'MET' if goal.met else 'MISSED'}{' by the point estimate' if doubts else ''}, {value}"
-    return "; ".join([line, *doubts])
+    costly = not all(limit.met for limit in goal.limits)  # which no other test rows would change
+    word = "MET" if goal.met else "MISSED"
+    line = f"{word}{' by the point estimate' if doubts and not costly else ''}, {value}"
+    return "; ".join([line, *doubts, *map(limit_line, goal.limits)])
+
+
+def limit_line(limit: Limit) -> str:
+    """What the student costs in one respect, and the most that it may."""
+    what = LIMITS[limit.name]
+    close = limit.value != limit.most and amount(limit.name, limit.value) == amount(
+        limit.name, limit.most
+    )
+    value, most = (
+        f"{each:.6g}" if close else amount(limit.name, each) for each in (limit.value, limit.most)
+    )
+    return f"{what} {value}, {'goal' if limit.met else 'over the goal of'} {most}"
+
+
+def amount(name: str, value: float) -> str:
+    """A cost in the unit of its limit.
+
+    >>> amount("latency_ms", 0.04213), amount("size_mb", 0.0123), amount("macs", 77754)
+    ('0.0421 ms', '12.3 kB', '77.8 thousand')
+    """
+    if name == "latency_ms":
+        return f"{value:.3g} ms"
+    return cells.size(value * 1e6) if name == "size_mb" else cells.scaled(value)
 
 
 def _doubts(goal: Goal, found: Estimate, missing: str) -> list[str]:
     doubts = []
-    if goal.met and found.low < goal.retain:
+    if goal.kept and found.low < goal.retain:
         doubts.append("the lower end of the interval does not agree")
-    if not goal.met and found.high >= goal.retain:
+    if not goal.kept and found.high >= goal.retain:
         doubts.append("the upper end of the interval does not agree")
     if not goal.enough_examples:
         doubts.append(f"too few test {missing} to tell a loss of {percent(1 - goal.retain)}")
@@ -186,6 +213,11 @@ def method(verdict: Verdict) -> list[str]:
             "and 95 % below the second number."
         )
         lines.append("Multiply-adds: matrix products, convolutions and attention of one example.")
+        if any(cost.peak_bytes for cost in costs):
+            lines.append(
+                "Memory: the most that a forward pass holds at once, beyond the weights and the "
+                "batch."
+            )
     return lines
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.evaluation import cost
+from attar.data import Source
+from attar.evaluation import cost, evaluate
 from attar.exporting.tokens import reads_tokens
-from attar.runtime import DataError, first_line
+from attar.runtime import DataError, UsageError, first_line
+from attar.tasks import Task
 
 TOLERANCE = 1e-4
 
@@ -20,17 +22,41 @@ Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What a file of whole numbers answers worse than the module it came from.
+
+    Attributes:
+        metric: the task's.
+        module, file: its value for each, on the same examples.
+        drop: how much worse the file is; negative where it is better.
+        budget: how much worse it may be.
+        missed: whether it is worse than that.
+    """
+
+    metric: str
+    module: float
+    file: float
+    drop: float
+    budget: float
+    missed: bool
+
+
+@dataclass(frozen=True)
 class Artefact:
     """A file that `export` wrote.
 
     Attributes:
-        format: "safetensors", "onnx" or "torch_export".
+        format: "safetensors", "onnx", "onnx_int8" or "torch_export".
         path: the file itself.
         bytes, sha256: its size and content.
         difference: the largest absolute difference between what it and the module answer.
         examples: how many examples that was seen on.
         latency: milliseconds of a pass on the CPU by batch size, {"1": {"p50_ms", "p95_ms"}, ...}.
         threads: CPU threads that were used for it.
+        agreement: of a file of whole numbers, the share of the examples on which its largest
+            output is the module's; None where that is no answer, and for all other files, where
+            it must be 1.
+        lost: of such a file, what it lost on a test, where a budget was given.
     """
 
     format: str
@@ -41,6 +67,8 @@ class Artefact:
     examples: int
     latency: dict[str, dict[str, float]]
     threads: int
+    agreement: float | None = None
+    lost: Lost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """This artefact as JSON values; the path is the file's name alone."""
@@ -82,13 +110,7 @@ def largest_difference(
             some example.
     """
     largest, elsewhere, allowed = 0.0, 0, TOLERANCE
-    for batch in _batches(examples):
-        expected, found = module(*batch), _answer(name, run, batch)
-        if found.shape != expected.shape:
-            raise DataError(
-                f"{name}: gives {list(found.shape)} where the module gives "
-                f"{list(expected.shape)}, so nothing was written; export another format"
-            )
+    for expected, found in _answers(name, run, module, examples):
         if reads_tokens(examples) and expected.ndim == 3:
             allowed = max(allowed, TOLERANCE * float(expected.abs().max()))
         gap = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
@@ -102,6 +124,58 @@ def largest_difference(
             "examples, so nothing was written; export another format"
         )
     return largest
+
+
+def likeness(
+    name: str, run: Run, module: nn.Module, examples: tuple[Tensor, ...], *, ordered: bool
+) -> tuple[float, float | None]:
+    """How near *run*, of whole numbers, is to *module*: the largest difference, and the share of
+    the examples on which the largest output is the same (None where it is not *ordered*).
+
+    Raises:
+        DataError: an answer of another shape, or one that is not finite.
+    """
+    largest, same, asked = 0.0, 0, 0
+    for expected, found in _answers(name, run, module, examples):
+        if not bool(found.isfinite().all()):
+            raise DataError(
+                f"{name}: answers NaN or infinity, so nothing was written; calibrate it with other "
+                "examples, or export another format"
+            )
+        largest = max(largest, float((found.double() - expected.double()).abs().max()))
+        same += int((_top(found) == _top(expected)).sum())
+        asked += len(expected)
+    return largest, same / asked if ordered else None
+
+
+def lost(run: Run, module: nn.Module, test: Source, task: Task, budget: float) -> Lost:
+    """By how much *run* is worse than *module* on *test*.
+
+    Raises:
+        UsageError: the task's models read more than one tensor.
+    """
+    if "attention" in test.rows(torch.arange(1)):
+        raise UsageError("drop is for models that read one tensor; leave it out")
+    before, after = (
+        evaluate(each, test, task, device="cpu").scores[task.metric]
+        for each in (module, Runner(run))
+    )
+    drop = before - after if task.higher_is_better else after - before
+    return Lost(task.metric, before, after, drop, float(budget), not drop <= budget)
+
+
+def _answers(
+    name: str, run: Run, module: nn.Module, examples: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What *module* and *run* answer to batches of several sizes."""
+    for batch in _batches(examples):
+        expected, found = module(*batch), _answer(name, run, batch)
+        if found.shape != expected.shape:
+            raise DataError(
+                f"{name}: gives {list(found.shape)} where the module gives "
+                f"{list(expected.shape)}, so nothing was written; export another format"
+            )
+        yield expected, found
 
 
 def _batches(examples: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attar
 from attar.evaluation import Verdict
+from attar.evaluation.numbers import show, title
 from attar.exporting.artefact import Artefact
 from attar.exporting.tokens import reads_tokens
 from attar.models.changed import FAMILY as CHANGED
@@ -49,7 +50,7 @@ ONNX = """```python
 import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 inputs = np.zeros({shape}, dtype=np.{dtype})  # {yours}
 {mask}(outputs,) = session.run(None, {{"inputs": inputs{fed}}})
 print(outputs.shape)
@@ -89,6 +90,7 @@ TRANSFORMERS = """
 HOW = {
     "safetensors": ("safetensors, in plain torch", SAFETENSORS),
     "onnx": ("ONNX, in onnxruntime", ONNX),
+    "onnx_int8": ("ONNX of whole numbers, in onnxruntime", ONNX),
     "torch_export": ("torch.export, in plain torch", TORCH_EXPORT),
 }
 
@@ -152,6 +154,7 @@ def card_text(
         "## Files",
         "\n".join(_files(artefacts)),
         _checked(artefacts),
+        *(_rounded(made) for made in artefacts if made.format == "onnx_int8"),
         "## Loading",
         *_loading(module, examples, artefacts),
         "## Licence",
@@ -287,6 +290,24 @@ def _checked(artefacts: Sequence[Artefact]) -> str:
     )
 
 
+def _rounded(made: Artefact) -> str:
+    """What whole numbers changed."""
+    parts = [f"`{made.path.name}` computes with whole numbers of 8 bits."]
+    if made.agreement is not None:
+        parts.append(
+            "Its largest output is the network's on "
+            f"{show('agreement', made.agreement)} of these examples."
+        )
+    if (found := made.lost) is not None:
+        parts.append(
+            f"On the test examples its {title(found.metric)} is "
+            f"{show(found.metric, found.file, digits=2)}, the network's "
+            f"{show(found.metric, found.module, digits=2)}; {found.budget:g} was the most that it "
+            "should lose."
+        )
+    return " ".join(parts)
+
+
 def _loading(
     module: nn.Module, examples: tuple[Tensor, ...], artefacts: Sequence[Artefact]
 ) -> list[str]:
@@ -297,7 +318,7 @@ def _loading(
             auto = AUTO.get(_family(module))
             text = how + (TRANSFORMERS.format(auto=auto) if auto else "")
         else:
-            text = how.format(**_filled(made.format, examples))
+            text = how.format(file=made.path.name, **_filled(made.format, examples))
         parts += [f"### {title}", text]
     return parts
 
@@ -305,7 +326,7 @@ def _loading(
 def _filled(form: str, examples: tuple[Tensor, ...]) -> dict[str, Any]:
     """What differs in the code that calls a file."""
     tokens, masked = reads_tokens(examples), len(examples) > 1
-    library = "np" if form == "onnx" else "torch"
+    library = "torch" if form == "torch_export" else "np"
     yours = "token ids, as many and as long as you like" if tokens else ""
     return {
         "shape": (1, *examples[0].shape[1:]),
@@ -325,7 +346,7 @@ def _family(module: nn.Module) -> str:
 def _versions(card: Mapping[str, Any], artefacts: Sequence[Artefact]) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parts = [f"attar {attar.__version__}", f"torch {torch.__version__}"]
-    if any(made.format == "onnx" for made in artefacts):
+    if any(made.format.startswith("onnx") for made in artefacts):
         parts += [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime")]
     parts.append(f"Python {platform.python_version()}")
     return f"{', '.join(parts)}. Date: {escaped(card.get('date', today))}."

@@ -54,6 +54,13 @@ def onnx_bytes(graph: Graph) -> bytes:
     Raises:
         UsageError: ONNX has no word for something in the program.
     """
+    proto = onnx_proto(graph)
+    forget_origin(proto)
+    return proto.SerializeToString()
+
+
+def onnx_proto(graph: Graph) -> Any:
+    """`onnx_bytes` as an object, which still tells from which part of the module a node is."""
     onnx: Any = importlib.import_module("onnx")
     try:
         with _quiet():
@@ -69,7 +76,6 @@ def onnx_bytes(graph: Graph) -> bytes:
             )
             assert made is not None
             proto = made.model_proto  # made anew each time it is asked for
-            _forget_origin(proto)
             onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         said = first_line(error).partition("\x1b")[0].strip()  # what follows is in colour
@@ -77,7 +83,7 @@ def onnx_bytes(graph: Graph) -> bytes:
             f"torch cannot say this module in ONNX ({said:.300}); export safetensors or "
             "torch_export"
         ) from error
-    return proto.SerializeToString()
+    return proto
 
 
 @contextmanager
@@ -94,7 +100,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _forget_origin(proto: Any) -> None:
+def forget_origin(proto: Any) -> None:
     """Drop what the exporter noted for debugging: names of code, and half of a small file."""
     proto.ClearField("metadata_props")
     for holder in (proto.graph, *proto.functions):

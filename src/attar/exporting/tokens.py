@@ -57,15 +57,15 @@ def reads_tokens(examples: tuple[Tensor, ...]) -> bool:
     return examples[0].ndim == 2 and not examples[0].is_floating_point()
 
 
-def examples_of(example: Example) -> tuple[Tensor, ...]:
+def examples_of(example: Example, called: str = "example") -> tuple[Tensor, ...]:
     """The first examples, on the CPU: inputs, and for texts what is real of them."""
     given = example if isinstance(example, Mapping) else {"inputs": example}
     found = [given[name] for name in INPUTS if name in given]
     known = all(isinstance(each, Tensor) and each.ndim for each in found)
     if "inputs" not in given or not known or len(found[0]) == 0:
-        raise UsageError("example must be a tensor of real inputs [n, ...] with n at least 1")
+        raise UsageError(f"{called} must be a tensor of real inputs [n, ...] with n at least 1")
     if any(each.shape != found[0].shape for each in found):
-        raise UsageError("the example's attention must have the shape of its inputs, [n, S]")
+        raise UsageError(f"the {called}'s attention must have the shape of its inputs, [n, S]")
     return tuple(each[:MOST].detach().cpu().contiguous() for each in found)
 
 

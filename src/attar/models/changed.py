@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from attar.models import quantized
 from attar.models.build import Family, construct, families
 from attar.models.language import TokensFace, record_of
 from attar.models.reuse import FAMILY as REUSED
@@ -27,6 +28,7 @@ _MOST_CHAINED = 8
 
 Whole = Annotated[int, Ge(0), Le(2**24)]
 Sides = tuple[Size, Size]
+Limits = tuple[float | None, float | None]
 
 
 class _Part(BaseModel):
@@ -43,7 +45,7 @@ class Linear(_Part):
 
 
 class Convolution(_Part):
-    """An ``nn.Conv2d`` of one group."""
+    """An ``nn.Conv2d``."""
 
     kind: Literal["conv2d"] = "conv2d"
     in_channels: Size
@@ -52,6 +54,7 @@ class Convolution(_Part):
     stride: Sides
     padding: tuple[Whole, Whole] | Literal["same", "valid"]
     dilation: Sides
+    groups: Size = 1
     bias: bool
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -67,6 +70,23 @@ class Factors(_Part):
     second: Leaf
 
 
+class Nothing(_Part):
+    """Where a part was that another has taken in, such as a batch norm."""
+
+    kind: Literal["identity"] = "identity"
+
+
+class OnGrid(_Part):
+    """A layer of whole numbers, see `attar.models.quantized`."""
+
+    kind: Literal["quantized"] = "quantized"
+    mode: quantized.Mode
+    bits: Annotated[int, Ge(2), Le(8)]
+    layer: Leaf
+    reads: Limits | None = None
+    writes: Limits | None = None
+
+
 class Sizes(_Part):
     """The part that is there already, with other sizes of its own tensors and other numbers."""
 
@@ -75,7 +95,9 @@ class Sizes(_Part):
     numbers: dict[str, Whole | tuple[Whole, ...]]
 
 
-Part = Annotated[Linear | Convolution | Factors | Sizes, Field(discriminator="kind")]
+Part = Annotated[
+    Linear | Convolution | Factors | Nothing | OnGrid | Sizes, Field(discriminator="kind")
+]
 
 
 class LowRank(nn.Sequential):
@@ -243,6 +265,10 @@ def _class(part: nn.Module) -> type:
 
 def _described(layer: nn.Module) -> dict[str, Any] | None:
     """*layer* as JSON; None where it is no layer of a known kind."""
+    if type(layer) is nn.Identity:
+        return {"kind": "identity"}
+    if isinstance(layer, quantized.Layer):
+        return quantized.told(layer)
     if type(layer) is LowRank:
         first, second = _described(layer.first), _described(layer.second)
         parts = {"kind": "low_rank", "first": first, "second": second}
@@ -250,7 +276,7 @@ def _described(layer: nn.Module) -> dict[str, Any] | None:
     if type(layer) is nn.Linear:
         sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
         return {"kind": "linear", **sizes, "bias": layer.bias is not None}
-    if type(layer) is nn.Conv2d and layer.groups == 1:
+    if type(layer) is nn.Conv2d:
         names = [name for name in Convolution.model_fields if name not in ("kind", "bias")]
         values = {name: getattr(layer, name) for name in names}
         return {"kind": "conv2d", **values, "bias": layer.bias is not None}
@@ -304,11 +330,22 @@ def _told(config: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- making one
 
 
-def _layer(part: Linear | Convolution | Factors) -> nn.Module:
+def _layer(part: Linear | Convolution | Factors | Nothing | OnGrid) -> nn.Module:
     if isinstance(part, Factors):
         return LowRank(_layer(part.first), _layer(part.second))
+    if isinstance(part, Nothing):
+        return nn.Identity()
+    if isinstance(part, OnGrid):
+        return _on_grid(part)
     options = part.model_dump(exclude={"kind"})
     return nn.Linear(**options) if isinstance(part, Linear) else nn.Conv2d(**options)
+
+
+def _on_grid(part: OnGrid) -> nn.Module:
+    layer = _layer(part.layer)
+    if part.mode in ("dynamic", "weights") and not isinstance(layer, nn.Linear):
+        raise UsageError(f"{FAMILY}: a convolution has no mode {part.mode!r}")
+    return quantized.layer(layer, part.mode, part.bits, reads=part.reads, writes=part.writes)
 
 
 def _resize(part: nn.Module, path: str, sizes: Sizes) -> None:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+# The masked weight takes over the mask's strides. Those of channels_last, which a 1 x 1 kernel can
+# have and still be contiguous, make torch 2.13's convolutions on a CPU write past a gradient.
+PLAIN = torch.contiguous_format
+
 
 class Mask(nn.Module):
     """Where a weight may be other than zero; its values elsewhere are zero and learn nothing."""
@@ -17,7 +21,7 @@ class Mask(nn.Module):
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
-        self.register_buffer("kept", kept)
+        self.register_buffer("kept", kept.clone(memory_format=PLAIN))
 
     def forward(self, weight: Tensor) -> Tensor:
         # No product: that would keep a NaN, and the sign of a zero.

@@ -2,17 +2,22 @@
 
 from attar.recipes.caching import ask_again, cache_recipe
 from attar.recipes.document import Document, parse, read
-from attar.recipes.recipe import Goal, Loaded, Recipe, TeacherPlan, load_recipe, resolve
+from attar.recipes.recipe import Goal, Loaded, Recipe, Search, TeacherPlan, load_recipe, resolve
 from attar.recipes.rooms import SUPPLIED, rooms
 from attar.recipes.run import check, run
+from attar.recipes.search import Found, search
+from attar.recipes.search_trials import Trial
 
 __all__ = [
     "SUPPLIED",
     "Document",
+    "Found",
     "Goal",
     "Loaded",
     "Recipe",
+    "Search",
     "TeacherPlan",
+    "Trial",
     "ask_again",
     "cache_recipe",
     "check",
@@ -22,4 +27,5 @@ __all__ = [
     "resolve",
     "rooms",
     "run",
+    "search",
 ]

@@ -13,7 +13,9 @@ from attar.data import Source
 from attar.evaluation import collect
 from attar.models import Group, save
 from attar.recipes.caching import remembering
-from attar.recipes.job import Job, copied, judged, learned, rows_of_stage, stage_of
+from attar.recipes.chain import Step, Steps, scored
+from attar.recipes.changes import made_from
+from attar.recipes.job import Job, Seeing, copied, judged, learned, rows_of_stage, stage_of, unseen
 from attar.recipes.preflight import check_floor
 from attar.recipes.teachers import Member, lost_by
 from attar.recipes.turns import Turn
@@ -30,6 +32,7 @@ class Arm:
     """What came of one way to train a model, a row a seed: the chosen epoch's and the last's.
 
     ``kept`` are the models that taught the student and are no longer trained, by their folders.
+    ``steps`` are what stages that change the student, and those between them, made of it.
     """
 
     finals: list[Fit] = field(default_factory=list)
@@ -39,6 +42,8 @@ class Arm:
     kept: list[dict[str, nn.Module]] = field(default_factory=list)
     teacher_seconds: float = 0.0
     caches: dict[Path, int] = field(default_factory=dict)  # and how many rows were asked about
+    steps: list[list[Step]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)  # the plan of a start made from the teacher
 
     def mean_seconds(self) -> float | None:
         """Training time of one run; None where nothing was trained."""
@@ -132,6 +137,7 @@ def students(desk: Desk) -> dict[str, Arm]:
     job = desk.job
     for number in range(job.recipe.seeds):
         start = job.student(number)
+        arms["distilled"].made = arms["distilled"].made or made_from(start)
         for name in ("baseline", "distilled"):
             if name == "baseline" and not job.labelled:
                 arms["start"].rows.append(desk.rows(start))
@@ -154,7 +160,9 @@ def train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) ->
     fits: list[Fit] = []
     kept: dict[str, nn.Module] = {}
     taught = name == "distilled"
-    for turn, learner, before in job.learners(number, start, with_teacher=taught):
+    steps = Steps(start, desk.say) if taught and job.recipe.changes else None
+    seen = unseen if steps is None else steps.changed
+    for turn, learner, before in job.learners(number, start, with_teacher=taught, seen=seen):
         index = len(fits)
         teacher, options = stage_of(job, turn, learner, before, with_teacher=taught)
         teacher = remembering(job, turn, teacher, options, desk.root, desk.ranks)
@@ -171,16 +179,36 @@ def train_arm(desk: Desk, arm: Arm, name: str, number: int, start: nn.Module) ->
             **options,
         )
         fits.append(done)
+        if steps is not None:
+            steps.trained(turn.stage, learner)
         if taught:
             _leave(kept, turn, learner)
             _say_of_stage(desk, turn, learner, number)
         arm.teacher_seconds += done.teacher_seconds
         if isinstance(teacher, Filling):
             arm.caches[teacher.folder] = arm.caches.get(teacher.folder, 0) + teacher.count
-    arm.finals.append(fits[-1])
+    arm.finals.append(_ended(desk, fits[-1], number, seen))
     arm.seconds.append(sum(done.seconds for done in fits))
     arm.kept.append(_teachers(kept, fits[-1].student))
-    return judged(fits[-1].student)
+    if steps is not None:
+        arm.steps.append(steps.done)
+    return judged(arm.finals[-1].student)
+
+
+def _ended(desk: Desk, done: Fit, number: int, seen: Seeing) -> Fit:
+    """What the last stages make of the student without training it, validated again."""
+    job = desk.job
+    if not job.recipe.ending:
+        return done
+    student = job.changed(done.student, job.recipe.ending, number, seen)
+    found = {job.task.metric: job.task.primary(desk.rows(student, job.validation))}
+    return replace(
+        done,
+        student=student,
+        last=copy_of_state(student),
+        history=[*done.history, found],
+        kept_epoch=len(done.history),
+    )
 
 
 def _evaluate(desk: Desk, arm: Arm) -> None:
@@ -192,6 +220,10 @@ def _evaluate(desk: Desk, arm: Arm) -> None:
     learner.load_state_dict(final.last)
     arm.last.append(desk.rows(student))
     learner.load_state_dict(chosen)
+    if arm.steps:
+        task = desk.job.task
+        first = len(arm.steps) == 1  # whose models are timed
+        scored(arm.steps[-1], lambda model: float(task.primary(desk.rows(model))), keep=first)
 
 
 def _leave(kept: dict[str, nn.Module], turn: Turn, learner: nn.Module) -> None:

@@ -57,7 +57,7 @@ def _filling(job: Job, teacher: Any, options: dict[str, Any], keep: Keep, **plac
 
 def asks(turn: Turn) -> bool:
     """Whether a stage asks the recipe's own teacher."""
-    return verb(turn.stage) is distill and not turn.previous
+    return verb(turn.stage) is distill and not (turn.previous or turn.unchanged)
 
 
 def check_cache(job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from attar.data import Source
 from attar.evaluation import Verdict
-from attar.exporting import Artefact, check_export, export
+from attar.evaluation.numbers import show, title
+from attar.exporting import Artefact, Lost, check_export, export
 from attar.exporting.card import described
 from attar.exporting.tokens import INPUTS, MOST
 from attar.models import read_extra
@@ -37,7 +38,13 @@ def check_stage(job: Job, student: nn.Module) -> dict[str, Any]:
     if taken := options.keys() & SUPPLIED["stages"]:
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
     formats = options.get("formats", ("safetensors",))
-    check_export(student, example=examples(job.test, 2), formats=formats, task=job.task)
+    check_export(
+        student,
+        example=examples(job.test, 2),
+        formats=formats,
+        task=job.task,
+        skip=options.get("skip", ()),
+    )
     return {"formats": list(formats), "folder": FOLDER, "examples": min(MOST, len(job.test))}
 
 
@@ -91,21 +98,56 @@ def export_student(
 ) -> list[Artefact]:
     """Write *student* into the run's ``export/``, whole or not at all, with its card."""
     whole: Any = {**card, "verdict": verdict}
+    options = job.recipe.exporting or {}
     made = export(
         student,
         run / FOLDER,
         example=examples(job.test),
         task=job.task,
         card=whole,
-        **(job.recipe.exporting or {}),
+        **_rounding(job),
+        **options,
     )
     return list(made.values())
 
 
+def _rounding(job: Job) -> dict[str, Any]:
+    """What a file of whole numbers is made and judged by, where the recipe asks for one."""
+    options = job.recipe.exporting or {}
+    if "onnx_int8" not in options.get("formats", ()):
+        return {}
+    given: dict[str, Any] = {"calibration": examples(job.train)}
+    return given if options.get("drop") is None else given | {"test": job.test}
+
+
+def missed(exports: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of *exports*, as ``verdict.json`` holds them, lost more than it may."""
+    return any((each.get("lost") or {}).get("missed") for each in exports)
+
+
 def summary(made: Sequence[Artefact]) -> str:
     """What was made and seen, in a line."""
+    exact = [each for each in made if each.agreement is None and each.lost is None]
+    parts = [_near(each) for each in made if each not in exact]
+    if exact:
+        names = ", ".join(each.format for each in exact)
+        largest = max(each.difference for each in exact)
+        parts.insert(0, f"{names}: within {largest:.1g} of the student")
+    losses = [_lost(each.format, each.lost) for each in made if each.lost is not None]
+    return "; ".join([f"{', '.join(parts)} on {made[0].examples} test examples", *losses])
+
+
+def _near(made: Artefact) -> str:
+    same = show("agreement", made.agreement)
+    return f"{made.format}: within {made.difference:.1g}" + (
+        f", {same} the same answer" if same else ""
+    )
+
+
+def _lost(name: str, found: Lost) -> str:
+    ours, theirs = (show(found.metric, each, digits=2) for each in (found.file, found.module))
+    how = "more than" if found.missed else "within"
     return (
-        f"{', '.join(each.format for each in made)}: within "
-        f"{max(each.difference for each in made):.1g} of the student on {made[0].examples} "
-        "test examples"
+        f"{name}: {title(found.metric)} {ours}, the student's {theirs}, {how} the "
+        f"{found.budget:g} it may lose"
     )

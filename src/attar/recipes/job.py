@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from torch import nn
 from attar.data import Source
 from attar.evaluation import Seen, collect
 from attar.models import Group, reuse_head
+from attar.recipes.changes import changed
 from attar.recipes.parts import Parts, parted
-from attar.recipes.recipe import Recipe, TeacherPlan, verb
+from attar.recipes.recipe import Recipe, Stage, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
 from attar.recipes.teachers import (
     Member,
@@ -42,6 +43,13 @@ INHERITED = {"init", "freeze", "unfreeze_every", "layer_decay", "frozen_batch_no
 # Keeps the starts of one seed's students apart from those of other seeds; a generator of the CPU
 # reads the lower 32 bits of a seed.
 GENERATION = 0x9E3779B1
+
+
+Seeing = Callable[[Stage, nn.Module], None]
+
+
+def unseen(stage: Stage, model: nn.Module) -> None:
+    """Nobody looks at what a change has made."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,8 @@ class Job:
     @property
     def chooses(self) -> bool:
         """Whether validation chose the epoch of the student that is judged."""
+        if self.recipe.ending:
+            return False
         stage = self.recipe.trainings[-1]
         options = stage.keywords if isinstance(stage, partial) else {}
         return options.get("keep", "best") == "best"
@@ -172,12 +182,16 @@ class Job:
         return seeded(seed, partial(made_model, make, self.train, self.task, giver))
 
     def learners(
-        self, number: int, start: nn.Module, *, with_teacher: bool
+        self, number: int, start: nn.Module, *, with_teacher: bool, seen: Seeing = unseen
     ) -> Iterator[tuple[Turn, nn.Module, nn.Module | None]]:
         """Who learns in each stage, and whom the stage before left behind.
 
         The student that starts last starts as *start*; the baseline is one student throughout.
         Students that teach each other are one module, a ``Group``, of which *start* is the first.
+        Of a stage that is taught by the unchanged student, that is who was left behind.
+
+        Args:
+            seen: is told each stage that changes the student, and what came of it.
         """
         own, last = start, None
         for index, turn in enumerate(self.recipe.turns):
@@ -188,11 +202,29 @@ class Job:
                 learner = own = self.student(number, turn.later) if turn.later else start
                 if self.peers:
                     learner = own = self._group(number, start)
+            if turn.changes:
+                last, learner = learner, self.changed(learner, turn.changes, number, seen)
+                own = learner
             if with_teacher and turn.reuse_head:
                 learner = self._reusing(learner, last if turn.previous else None, number)
                 own = learner if turn.assistant is None else own
             yield turn, learner, last
             last = learner
+
+    def changed(
+        self, learner: nn.Module, stages: Sequence[Stage], number: int, seen: Seeing = unseen
+    ) -> nn.Module:
+        """A copy of who learns, its structure changed by each of the *stages*."""
+        for index, stage in enumerate(stages, 1):
+            if isinstance(learner, Group):
+                raise PreflightError(
+                    f"{verb(stage).__name__} changes one student, and students that teach each "
+                    "other learn as a whole; give the recipe a teacher that does not learn"
+                )
+            make = partial(changed, learner, stage, self.parts.labelled, self.task)
+            learner = seeded(self.recipe.seed + number + index, make)
+            seen(stage, learner)
+        return learner
 
     def _group(self, number: int, start: nn.Module) -> Group:
         if isinstance(self.recipe.students[0], nn.Module):
@@ -280,7 +312,9 @@ def stage_of(
     function = verb(turn.stage)
     if function not in (distill, train):
         called = getattr(function, "__name__", function)
-        raise PreflightError(f"a stage is distill, train or export, not {called}")
+        raise PreflightError(
+            f"a stage is distill, train, export or one that changes the student, not {called}"
+        )
     if taken := options.keys() & SUPPLIED["stages"]:
         raise PreflightError(f"'{min(taken)}' is the recipe's own and cannot stand in a stage")
     if function is distill and not options.get("terms"):
@@ -318,7 +352,7 @@ def _mutual(job: Job, function: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked(job: Job, turn: Turn, learner: nn.Module, before: nn.Module | None) -> Any:
-    if turn.previous and before is not None:
+    if (turn.previous or turn.unchanged) and before is not None:
         return Teacher(before, job.task)
     return job.asked if job.momentum is None else EMA(learner, job.task, momentum=job.momentum)
 

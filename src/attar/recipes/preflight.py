@@ -12,10 +12,11 @@ from torch import nn
 
 from attar.evaluation import bootstrap, count_macs
 from attar.recipes import exports
+from attar.recipes.changes import made_from
 from attar.recipes.job import Job, copied, judged, rows_of, rows_of_stage, stage_of
 from attar.recipes.proposal import proposed
 from attar.recipes.recipe import verb
-from attar.recipes.teachers import kind, made_from
+from attar.recipes.teachers import kind
 from attar.recipes.turns import Turn
 from attar.runtime import PreflightError, eval_mode
 from attar.training import check as check_stage
@@ -38,9 +39,14 @@ def check_job(job: Job) -> dict[str, Any]:
     _check_question(job)
     _check_label_weights(job)
     sizes, stages, last = _sizes(job, student), [], student
-    for turn, learner, before in job.learners(0, student, with_teacher=True):
-        stages.append(_checked(job, student, turn, learner, before))
+    changed = _Changes(job)
+    alone = job.learners(0, student, with_teacher=False)
+    for turn, learner, before in job.learners(0, student, with_teacher=True, seen=changed):
+        changes = changed.told()
+        plain = next(alone)[1]
+        stages.append(_checked(job, plain, turn, learner, before) | changes)
         last = judged(learner)
+    last = job.changed(last, job.recipe.ending, 0, changed)
     plan = {
         "data": {
             "name": job.called_data,
@@ -56,12 +62,31 @@ def check_job(job: Job) -> dict[str, Any]:
         "seeds": job.recipe.seeds,
         "stages": stages,
     }
+    if job.recipe.changes:
+        plan |= {"result": _sizes(job, last)} | changed.told()
     if job.reuses_head:
         model = f"{sizes['model']}, a projector and the teacher's classifier"
         plan |= {"student": _sizes(job, last) | {"model": model}, "baseline": sizes}
     if job.recipe.exporting is not None:
         plan["export"] = exports.check_stage(job, last)
     return plan
+
+
+class _Changes:
+    """What stages that change the student would make of it, as JSON."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._seen: list[dict[str, Any]] = []
+
+    def __call__(self, stage: Any, model: nn.Module) -> None:
+        found = made_from(model)["made"] | _sizes(self.job, model)
+        self._seen.append({"do": verb(stage).__name__} | found)
+
+    def told(self) -> dict[str, Any]:
+        """Those since the last time that were told."""
+        found, self._seen = self._seen, []
+        return {"changes": found} if found else {}
 
 
 def _check_question(job: Job) -> None:

@@ -17,6 +17,7 @@ from attar.data import Data, Splits
 from attar.exporting import export
 from attar.models.types import Model
 from attar.recipes import document as documents
+from attar.recipes.changes import changes
 from attar.recipes.resolve import Resolver
 from attar.recipes.rooms import rooms
 from attar.recipes.turns import Turn, turns_of
@@ -161,13 +162,64 @@ class TeacherPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the student has to keep: the share of the teacher's metric."""
+    """What the student has to keep of the teacher's metric, and the most that it may cost.
+
+    Attributes:
+        retain: the share of the teacher's metric.
+        latency_ms: milliseconds for one example, the median.
+        size_mb: millions of bytes of the weights on disk.
+        macs: multiply-accumulate operations for one example.
+    """
 
     retain: Annotated[float, Interval(gt=0, le=1)]
+    latency_ms: Annotated[float, Gt(0)] | None = None
+    size_mb: Annotated[float, Gt(0)] | None = None
+    macs: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.retain <= 1:
             raise UsageError(f"the goal is to retain {self.retain}; it must be in (0, 1]")
+        for name, most in self.limits.items():
+            if not most > 0:
+                raise UsageError(f"the goal for {name} is {most}; it must be above 0")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The most that the student may cost, by name; only what is asked for."""
+        asked = {name: getattr(self, name) for name in ("latency_ms", "size_mb", "macs")}
+        return {name: most for name, most in asked.items() if most is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What ``attar search`` tries, and how.
+
+    Attributes:
+        space: by the path of an override, what it may be: a list of values, or a range,
+            ``{low: 1.0, high: 8.0}``, with ``log: true`` or a ``step``.
+        trials: how many students are tried.
+        sampler: who proposes the next: ``tpe`` learns from those before it, as ``nsga`` does,
+            which looks for the whole front of metric, size and time; ``random``; ``grid``.
+        pruner: which trials are stopped early: ``goal``, those that are below each one that met
+            the goal, once four have; ``median``, those below half of the others; ``none``. When left out, ``goal``
+            where the recipe has one and ``median`` where not; ``none`` with ``nsga``.
+        storage: a URL of Optuna's that several machines share; ``search.db`` in the run folder
+            when left out.
+    """
+
+    space: dict[str, Any]
+    trials: Annotated[int, Ge(1)] = 30
+    sampler: Literal["tpe", "random", "grid", "nsga"] = "tpe"
+    pruner: Literal["goal", "median", "none"] | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise ValueError("space is empty; name what may change, such as student.widths")
+        if self.sampler == "nsga" and self.pruner not in (None, "none"):
+            raise ValueError(
+                f"pruner {self.pruner} goes by one value, and nsga looks at several; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +238,12 @@ class Recipe:
         stages: what is done to the student, in order. A distill stage with ``teacher="previous"``
             has the model of the stage before teach a student that starts anew; with ``student``,
             a model like the recipe's, that one learns, to teach the next stage.
+            Stages such as ``prune`` change the student between them; one with
+            ``teacher="unchanged"`` after them has it taught by itself as it was before.
             With ``reuse_head``, the student ends in the teacher's classifier from there on
             (``attar.models.reuse_head``).
-        goal: what it has to keep.
+        goal: what it has to keep, and the most that it may cost.
+        search: what ``attar search`` tries; ``attar run`` runs the recipe as it stands.
         examples: how many of the training rows the student is given, the same share of each
             class; all when left out. A teacher that is trained here is given all.
         labels: how many of the training rows have labels, the same share of each class. The
@@ -206,6 +261,7 @@ class Recipe:
     student: Model | nn.Module | Sequence[Model | nn.Module]
     stages: Sequence[Stage]
     goal: Goal | None = None
+    search: Search | None = None
     examples: Annotated[int, Ge(2)] | None = None
     labels: Annotated[int, Ge(2)] | None = None
     validation: Annotated[float, Interval(gt=0, lt=1)] = 0.1
@@ -236,10 +292,8 @@ class Recipe:
                 f"stage {exports[0]} exports, and other stages follow; export once, as the last "
                 "stage, with all formats in its list"
             )
-        if exports == [0]:
-            raise ValueError(
-                "the recipe only exports; put a stage that trains before it, such as - do: distill"
-            )
+        if not self.trainings:
+            raise ValueError("no stage trains; put one before the others, such as - do: distill")
         self._check_turns()
 
     def _check_students(self) -> None:
@@ -287,12 +341,28 @@ class Recipe:
     @property
     def trainings(self) -> Sequence[Stage]:
         """The stages that train."""
+        return [stage for stage in self._before_export if not changes(stage)]
+
+    @property
+    def ending(self) -> Sequence[Stage]:
+        """The stages that change the student after the last that trains."""
+        stages = list(self._before_export)
+        last = max(index for index, stage in enumerate(stages) if not changes(stage))
+        return stages[last + 1 :]
+
+    @property
+    def changes(self) -> bool:
+        """Whether a stage changes the student's structure."""
+        return any(map(changes, self.stages))
+
+    @property
+    def _before_export(self) -> Sequence[Stage]:
         return [stage for stage in self.stages if verb(stage) is not export]
 
     @property
     def turns(self) -> list[Turn]:
         """Who learns and who teaches in each of them."""
-        return turns_of(self.trainings)
+        return turns_of(self._before_export)
 
     @property
     def exporting(self) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ SUPPLIED: dict[str, frozenset[str]] = {
         {"student", "teacher", "labels", "mask", "ids", "offsets", "progress", "rows", "self"}
     ),
     "models": frozenset(
-        {"shape", "outputs", "mean", "std", "labels", "teacher", "data", "task", "seed"}
+        {"shape", "outputs", "mean", "std", "labels"}
+        | {"teacher", "model", "data", "example", "task", "seed"}
     ),
     "optimizers": frozenset({"params"}),
     "projectors": frozenset({"student", "teacher", "model"}),
@@ -46,9 +47,12 @@ SUPPLIED: dict[str, frozenset[str]] = {
             "precision",
             "parallel",
             "module",
+            "model",
             "folder",
             "example",
             "card",
+            "calibration",
+            "test",
         }
     ),
     "tasks": frozenset({"mean", "std"}),
@@ -56,20 +60,22 @@ SUPPLIED: dict[str, frozenset[str]] = {
 
 # What a recipe may say of it all the same, by the member's name: words, or a model to be built.
 SAID: dict[str, dict[str, Any]] = {
-    "distill": {"teacher": Literal["previous"], "student": Model, "reuse_head": bool}
+    "distill": {"teacher": Literal["previous", "unchanged"], "student": Model, "reuse_head": bool}
 }
 
 
 def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
     """Every room by name; each plugin's ``__all__`` is added to all of them."""
-    from attar import compression, data, exporting, losses, models, tasks, training
+    from attar import data, exporting, losses, models, tasks, training
     from attar.models import projectors
+    from attar.recipes.changes import PLANS
     from attar.training import optimization
 
+    changing: Room = {f.__name__: f for f in PLANS}
     found: dict[str, Room] = {
         "augmentations": _functions(data, returns=data.Batch),
         "losses": _functions(losses),
-        "models": models.families() | {"shrink": compression.shrink},
+        "models": models.families() | changing,
         "optimizers": _torch_optimizers() | {f.__name__: f for f in (training.sgd, training.adamw)},
         "projectors": _functions(projectors),
         "readers": _functions(data, returns=data.Splits, keyword_only=True),
@@ -82,7 +88,8 @@ def rooms(plugins: Sequence[str] = ()) -> dict[str, Room]:
                 optimization.ramp,
             )
         },
-        "stages": {f.__name__: f for f in (training.distill, training.train, exporting.export)},
+        "stages": {f.__name__: f for f in (training.distill, training.train, exporting.export)}
+        | changing,
         "tasks": {
             name: kind
             for name in tasks.__all__

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 
 from attar.evaluation import Cost, Verdict, Verdicts, costs, judge
 from attar.evaluation.curves import figures
-from attar.models import merged
-from attar.recipes import exports
+from attar.models import merged, save
+from attar.recipes import chain, exports
 from attar.recipes.arms import Arm, Desk, Say, best_of, students, teach
 from attar.recipes.caching import check_cache
 from attar.recipes.job import Job, judged, prepare
@@ -70,6 +71,8 @@ def run(
 
             hand = partial(Desk, ranks=ranks, allow=tuple(allow), say=say, progress=progress)
             return run_many(loaded, place, resume, hand)
+        if loaded.recipe.search is not None:
+            say("search     is left out: this is the recipe as it stands; attar search does it")
         job, plans = checked(loaded)
         with begun(ranks, place, loaded, plans, resume=resume) as home:
             say(f"data       {described(job)}")
@@ -97,11 +100,14 @@ def finish(desk: Desk, taught: Arm, loaded: Loaded) -> tuple[Verdict, dict[str, 
     for name in ("baseline", "distilled"):
         if arms[name].finals:
             _save_best(desk, arms[name], "student" if name == "distilled" else name, loaded)
-    verdict = _judged(desk, taught, arms)
-    made = {
-        "environment": environment(loaded, desk.job, desk.ranks),
+    found = _costs(desk, arms)
+    verdict = _judged(desk, taught, arms, found)
+    made: dict[str, Any] = {
+        "environment": environment(loaded, desk.job, desk.ranks, arms["distilled"].made),
         "exports": _exported(desk, loaded, arms["distilled"], verdict),
     }
+    if steps := arms["distilled"].steps:
+        made["chain"] = chain.told(desk.job.task, verdict, steps, found)
     desk.run.write("verdict.json", verdict.to_json() | made)
     if desk.ranks.main:
         desk.run.write("figures.json", _figures(desk, taught, arms))
@@ -204,7 +210,7 @@ def _exported(desk: Desk, loaded: Loaded, arm: Arm, verdict: Verdict) -> list[di
     return desk.ranks.first(told)
 
 
-def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
+def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm], found: dict[str, Cost]) -> Verdict:
     job = desk.job
     distilled, baseline = arms["distilled"], arms["baseline"]
     timed = {job.elder: taught, "baseline": baseline, "distilled": distilled}
@@ -218,10 +224,11 @@ def _judged(desk: Desk, taught: Arm, arms: dict[str, Arm]) -> Verdict:
         distilled=distilled.rows,
         last=distilled.last if job.chooses else None,
         start=arms["start"].rows or None,
-        costs=_costs(desk, arms),
+        costs={name: each for name, each in found.items() if not name.startswith("step ")},
         seconds={name: took for name, took in seconds.items() if took is not None},
         teacher_share=distilled.teacher_seconds / sum(distilled.seconds) if asked else None,
         retain=job.recipe.goal.retain if job.recipe.goal else None,
+        limits=job.recipe.goal.limits if job.recipe.goal else None,
         called=job.called,
         taught_by=job.moving,
         reuses_head=job.reuses_head,
@@ -236,7 +243,14 @@ def _costs(desk: Desk, arms: dict[str, Arm]) -> dict[str, Cost]:
         if arms[name].finals:
             models[name] = judged(arms[name].finals[-1].student)
             folders[name] = desk.run.folder / folder
-    return measured(desk, models, folders)
+    steps = arms["distilled"].steps
+    between = chain.models_of(steps[0]) if steps else {}
+    with TemporaryDirectory() as drafts:  # whose files tell how large they are on disk
+        for name, model in between.items():
+            folders[name] = Path(drafts, name)
+            if desk.ranks.main:
+                save(model, folders[name])
+        return measured(desk, models | between, folders)
 
 
 def elder(desk: Desk) -> tuple[dict[str, nn.Module], dict[str, Path]]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.compression import plan_shrink, shrink
 from attar.data import Source
 from attar.evaluation import collect
 from attar.models import (
@@ -26,6 +25,7 @@ from attar.models import (
     pretrained_text_encoder,
     read_extra,
 )
+from attar.recipes.changes import changed, changes
 from attar.recipes.parts import Parts, told_by
 from attar.recipes.recipe import Recipe, TeacherPlan
 from attar.recipes.resolve import shown
@@ -141,39 +141,22 @@ def judged_by(members: Sequence[Member], parts: Parts, task: Task, device: str) 
 def made_model(
     make: Callable[..., nn.Module], data: Source, task: Task, teacher: nn.Module | None = None
 ) -> nn.Module:
-    """Build a model for the data; with `shrink`, make it from the *teacher*."""
+    """Build a model for the data; by a verb such as `shrink`, make it from the *teacher*."""
     options = make.keywords if isinstance(make, partial) else {}
     function = make.func if isinstance(make, partial) else make
-    if function is shrink:
-        return _shrunk(teacher, data, task, options)
+    if changes(make):
+        if teacher is None:
+            raise PreflightError(
+                f"{function.__name__} makes a student from the one teacher that a recipe builds, "
+                "trains or loads; here there are several or none: name a family of models"
+            )
+        return changed(teacher, make, data, task)
     if not inspect.signature(function).parameters:
         return function()  # student=lambda: MyNet()
     width = task.width
     if isinstance(task, SentenceEmbedding):  # whose models have widths of their own
         width = data.outputs or 1
     return build(function, data=data, outputs=width, **options)
-
-
-def _shrunk(
-    teacher: nn.Module | None, data: Source, task: Task, options: dict[str, Any]
-) -> nn.Module:
-    if teacher is None:
-        raise PreflightError(
-            "shrink makes a student from the one teacher that a recipe builds, trains or loads; "
-            "here there are several or none: name a family of models"
-        )
-    # `seeded` stands around: what is not inherited starts as other students of this seed do.
-    seed = torch.initial_seed()
-    plan = plan_shrink(teacher, **{"data": data, "task": task, "seed": seed, **options})
-    student = plan.apply(teacher)
-    student.attar_plan = plan  # type: ignore[assignment]
-    return student
-
-
-def made_from(model: nn.Module) -> dict[str, Any]:
-    """The plan by which a student was made from its teacher, as JSON; empty where it was not."""
-    plan = vars(model).get("attar_plan")
-    return {} if plan is None else {"made": plan.describe() | {"told": plan.told()}}
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 import attar
 from attar.recipes.job import Job
 from attar.recipes.recipe import Loaded
-from attar.recipes.teachers import lost_by, made_from
+from attar.recipes.teachers import lost_by
 from attar.runtime import Ranks, resolve_device
 
 
@@ -30,12 +30,14 @@ def warn(plans: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"warning    {warning}")
 
 
-def environment(loaded: Loaded, job: Job, ranks: Ranks) -> dict[str, str]:
-    """What else a reader needs to repeat the run."""
+def environment(
+    loaded: Loaded, job: Job, ranks: Ranks, made: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """What else a reader needs to repeat the run; *made* is how the student came from a teacher."""
     told = {f"plugin {name}": digest for name, digest in loaded.plugins.items()}
     if job.members and (lost := lost_by(job.teacher)):
         told["not told"] = "; ".join(lost)
-    if made := made_from(job.student(0)):
+    if made:
         told["student made from the teacher"] = made["made"]["told"].replace("\n", "; ")
     if job.weights is not None:
         told["teachers' weights"] = ", ".join(f"{weight:.6f}" for weight in job.weights)

@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from attar.recipes.changes import changes
+
 KEYS = ("student", "teacher", "reuse_head")  # what a stage says of them
+
+Stage = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
@@ -22,39 +26,51 @@ class Turn:
         previous: the model of the stage before teaches, not the recipe's teacher.
         later: where a student starts anew, how many start after it; None where one goes on.
         reuse_head: who learns ends in the teacher's classifier from here on.
+        changes: the stages between this and the one before, which change who learns.
+        unchanged: who learns is taught by itself as it was before them.
     """
 
-    stage: Callable[..., nn.Module]
+    stage: Stage
     assistant: Callable[..., nn.Module] | None
     previous: bool
     later: int | None
     reuse_head: bool = False
+    changes: tuple[Stage, ...] = ()
+    unchanged: bool = False
 
 
-def turns_of(stages: Sequence[Callable[..., nn.Module]]) -> list[Turn]:
+def turns_of(stages: Sequence[Stage]) -> list[Turn]:
     """The turns of the stages that train, in order.
 
     Raises:
         ValueError: an order in which somebody learns for nothing, or from nobody.
     """
-    said = [_said(stage) for stage in stages]
-    for index, own in enumerate(said):
-        _check(index, own, said[index + 1 :])
+    places = [index for index, stage in enumerate(stages) if not changes(stage)]
+    said = [_said(stages[place]) for place in places]
+    between = [
+        tuple(stages[before + 1 : place])
+        for before, place in zip([-1, *places], places, strict=False)
+    ]
+    for index, (place, own) in enumerate(zip(places, said, strict=True)):
+        _check(place, own, said[index + 1 :])
+        _check_changes(place, own, bool(between[index]))
     first = next((i for i, own in enumerate(said) if "student" not in own), 0)
     starts = [
         index
         for index, own in enumerate(said)
-        if "student" not in own and (index == first or "teacher" in own)
+        if "student" not in own and (index == first or own.get("teacher") == "previous")
     ]
     turns = [
         Turn(
-            _without(stage),
+            _without(stages[place]),
             own.get("student"),
-            "teacher" in own,
+            own.get("teacher") == "previous",
             sum(other > index for other in starts) if index in starts else None,
             "reuse_head" in own,
+            between[index],
+            own.get("teacher") == "unchanged",
         )
-        for index, (stage, own) in enumerate(zip(stages, said, strict=True))
+        for index, (place, own) in enumerate(zip(places, said, strict=True))
     ]
     reuses_head(turns)  # refuses a second classifier
     return turns
@@ -80,25 +96,41 @@ def reuses_head(turns: Sequence[Turn]) -> bool:
     return reused
 
 
-def _said(stage: Callable[..., nn.Module]) -> dict[str, Any]:
+def _said(stage: Stage) -> dict[str, Any]:
     options = stage.keywords if isinstance(stage, partial) else {}
     return {key: options[key] for key in KEYS if options.get(key) not in (None, False)}
 
 
-def _without(stage: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _without(stage: Stage) -> Stage:
     if not isinstance(stage, partial):
         return stage
     return partial(stage.func, **{k: v for k, v in stage.keywords.items() if k not in KEYS})
 
 
-def _check(index: int, own: dict[str, Any], later: Sequence[dict[str, Any]]) -> None:
-    if own.get("teacher", "previous") != "previous":
-        raise ValueError(f"stage {index}: the teacher of a stage is the recipe's, or previous")
-    if index == 0 and "teacher" in own:
-        raise ValueError("stage 0 has teacher: previous, and no stage is before it")
-    if "student" in own and (not later or "teacher" not in later[0]):
-        place = f"add it to stage {index + 1}" if later else "add such a stage"
+def _check(place: int, own: dict[str, Any], later: Sequence[dict[str, Any]]) -> None:
+    teacher = own.get("teacher", "previous")
+    if teacher not in ("previous", "unchanged"):
         raise ValueError(
-            f"stage {index} trains another student, and no stage with teacher: previous comes "
-            f"next to learn from it; {place}"
+            f"stage {place}: the teacher of a stage is the recipe's, previous or unchanged"
+        )
+    if place == 0 and "teacher" in own:
+        raise ValueError(f"stage 0 has teacher: {teacher}, and no stage is before it")
+    if "student" in own and (not later or later[0].get("teacher") != "previous"):
+        where = f"add it to stage {place + 1}" if later else "add such a stage"
+        raise ValueError(
+            f"stage {place} trains another student, and no stage with teacher: previous comes "
+            f"next to learn from it; {where}"
+        )
+
+
+def _check_changes(place: int, own: dict[str, Any], changed: bool) -> None:
+    if changed and ("student" in own or own.get("teacher") == "previous"):
+        raise ValueError(
+            f"stage {place - 1} changes a student that stage {place} does not go on with, as that "
+            "one starts another; with teacher: unchanged it is taught by itself as it was before"
+        )
+    if own.get("teacher") == "unchanged" and not changed:
+        raise ValueError(
+            f"stage {place} has teacher: unchanged, and stage {place - 1} does not change the "
+            "student; put a stage such as do: prune between them, or leave it out"
         )

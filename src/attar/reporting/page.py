@@ -14,10 +14,12 @@ from attar.reporting.many import drawing
 from attar.reporting.png import data_uri
 from attar.reporting.redaction import redacted
 from attar.reporting.svg import unit
+from attar.reporting.waterfall import waterfall
 from attar.runtime import DataError, read_json, write_atomic
 
 FORMAT = "attar-verdict/1"
 FIGURES = "attar-figures/1"
+SEARCH = "search.json"
 
 
 def page(run_folder: str | Path) -> Path:
@@ -25,13 +27,16 @@ def page(run_folder: str | Path) -> Path:
 
     Reads ``verdict.json`` and, where they are, ``figures.json`` and ``recipe.json``. The page is
     one file without script, loads nothing and shows no home folder, host, user or key. Of a run
-    with several students it compares them; each of them has a page of its own in its folder.
+    with several students it compares them; each of them has a page of its own in its folder. Of a
+    search it reads ``search.json`` in their place.
 
     Raises:
         DataError: ``verdict.json`` is missing, broken or of another version; another file is
             broken.
     """
     folder = Path(run_folder)
+    if (folder / SEARCH).is_file():
+        return _page_of_search(folder)
     verdict = read_verdict(folder / "verdict.json", FORMAT, FORMAT_OF_MANY)
     figures = _figures(folder / "figures.json")
     try:
@@ -48,6 +53,30 @@ def page(run_folder: str | Path) -> Path:
     target = folder / "report.html"
     write_atomic(target, text.encode("utf-8"))
     return target
+
+
+def _page_of_search(folder: Path) -> Path:
+    from attar.reporting.search import FORMAT, drawing
+
+    found = redacted(_read(folder / SEARCH))
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise DataError(f"{folder / SEARCH}: is not a search of the format {FORMAT}")
+    try:
+        text = _filled(
+            "search.html",
+            name=redacted(folder.resolve().name),
+            search=found,
+            drawing=drawing(found),
+            environment=found["environment"],
+            recipe=_recipe(folder / "recipe.json"),
+        )
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise DataError(
+            f"{folder / SEARCH}: does not hold what a search of {FORMAT} holds "
+            f"({type(error).__name__}: {error}); go on with the search by --resume"
+        ) from None
+    write_atomic(folder / "report.html", text.encode("utf-8"))
+    return folder / "report.html"
 
 
 def read_verdict(path: Path, *formats: str) -> dict[str, Any]:
@@ -112,6 +141,7 @@ def _render(folder: Path, verdict: dict[str, Any], figures: dict[str, Any]) -> s
             verdict=verdict,
             environment=verdict.get("environment") or {},
             drawings=drawings(verdict, figures),
+            waterfall=waterfall(verdict),
             size=_size,
             disagreements=figures["disagreements"],
             recipe=_recipe(folder / "recipe.json"),
@@ -131,6 +161,15 @@ def _render_many(folder: Path, verdict: dict[str, Any]) -> str:
             drawing=drawing(verdict),
             recipe=_recipe(folder / "recipe.json"),
         )
+    except UndefinedError as error:
+        raise KeyError(str(error)) from None
+
+
+def _filled(template: str, **values: Any) -> str:
+    from jinja2 import UndefinedError
+
+    try:
+        return str(_template(template).render(**values))
     except UndefinedError as error:
         raise KeyError(str(error)) from None
 
