@@ -173,7 +173,7 @@ def within(part: Any, whole: Any) -> bool:
 
 
 def keys(heading: str) -> dict[str, str]:
-    """The rows of the table under a heading of docs/recipes.md, or of the search: key to default."""
+    """The rows of the table under a heading of the recipes or the search: key to default."""
     page = "docs/search.md" if "search" in heading else "docs/recipes.md"
     section = read(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
     table = section.split("\n| key | default |")[1].split("\n\n")[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -113,6 +115,38 @@ def test_a_missed_goal_is_exit_1_and_quiet_is_two_lines(attar: Attar) -> None:
     assert done.returncode == 1
     assert len(done.stdout.splitlines()) == 2
     assert done.stdout.splitlines()[1].startswith("MISSED")
+
+
+@pytest.mark.parametrize(("drop", "code"), [("0.0", 1), ("0.9", 0)])
+def test_an_int8_file_that_lost_more_than_it_may_is_exit_1(
+    attar: Attar, tmp_path: Path, drop: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    exporting = importlib.import_module("attar.exporting.export")
+    real = exporting.lost
+
+    def worse(*given: Any) -> Any:  # by 0.1, however few answers eight bits change
+        found = real(*given)
+        lost = found.drop + 0.1
+        return replace(found, drop=lost, missed=lost > found.budget)
+
+    monkeypatch.setattr(exporting, "lost", worse)
+    stage = f"  - {{do: export, formats: [onnx_int8], drop: {drop}}}\n"
+    (tmp_path / "recipe.yaml").write_text(RECIPE + stage)
+    done = attar("run", "recipe.yaml")
+    assert done.returncode == code
+    assert ("more than the 0 it may lose" in done.stdout) == bool(code)
+
+
+def test_a_saved_float_model_becomes_an_int8_file_by_its_training_rows(
+    attar: Attar, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    assert attar("run", "recipe.yaml", "--quiet").returncode == 0
+    words = ["runs/recipe/student", "--data", "digits", "--into", "out", "--formats", "onnx_int8"]
+    done = attar("export", *words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.int8.onnx").is_file()
 
 
 def test_check_prints_the_plan(attar: Attar, tmp_path: Path) -> None:

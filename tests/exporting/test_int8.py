@@ -323,7 +323,7 @@ def test_a_layer_that_is_skipped_stays_float(tmp_path):
             {"formats": ["onnx_int8"], "calibration": torch.zeros(())},
             "calibration must be a tensor",
         ),
-        ({"formats": ["onnx"], "drop": 0.1}, "drop, test and task go together"),
+        ({"formats": ["onnx"], "drop": 0.1}, "drop needs test and task"),
         ({"formats": ["onnx-int8"]}, "there is no format 'onnx-int8'; did you mean 'onnx_int8'"),
         (
             {"formats": ["onnx_int8"], "calibration": IMAGES, "skip": ["nowhere"]},

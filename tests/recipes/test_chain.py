@@ -242,3 +242,21 @@ def test_the_seed_is_chosen_by_the_changed_student(
     told = [final.history[final.kept_epoch][metric] for final in arm.finals]
     own = [desk.job.task.primary(desk.rows(f.student, validation)) for f in arm.finals]
     assert told == own
+
+
+def test_a_file_that_runs_by_itself_is_the_last_step(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    learn = "  - {do: quantize, mode: learn}\n" + DISTILL + "  - {do: quantize, mode: freeze}\n"
+    last = "  - {do: export, formats: [safetensors, onnx_int8]}\n"
+    run(write(text=HEAD + DISTILL + learn + last), folder=tmp_path / "run")
+    told = kept(tmp_path / "run")
+    steps, (_, file) = told["chain"]["steps"], told["exports"]
+    names = ["distill", "quantize", "distill", "quantize", "export onnx_int8"]
+    assert [step["do"] for step in steps] == names
+    assert steps[-1]["score"] == file["lost"]["file"]
+    assert steps[-1]["cost"]["bytes"] == file["bytes"]
+    assert steps[-1]["cost"]["latency"] == file["latency"]
+    assert steps[-2]["score"] == file["lost"]["module"]
+    assert file["lost"]["budget"] is None
+    assert not file["lost"]["missed"]
+    assert steps[3]["cost"]["bytes"] < 0.5 * steps[2]["cost"]["bytes"]

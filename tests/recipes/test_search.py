@@ -260,7 +260,7 @@ def test_the_pruner_compares_with_those_that_met_the_goal() -> None:
     assert not stopped(0.99, 0.95, 0.94, miss=0.5)  # three are too few
     assert not stopped(0.9, 0.7, 0.2)
     assert stopped(0.9, 0.71, 0.1)
-    assert not stopped(0.9, 0.7, 0.5, miss=0.5)
+    assert not stopped(0.9, 0.7, 0.2, miss=0.5)
     assert not stopped(0.69, 0.9, 0.2)  # has been as good
     assert stopped(0.99, 0.7, 0.21)
 

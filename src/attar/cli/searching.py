@@ -45,6 +45,7 @@ def search(
 ) -> None:
     """Try the students of a recipe's search; the smallest that meets the goal is judged."""
     from attar.recipes import search as search_recipe
+    from attar.recipes.exports import missed_in
     from attar.runtime import EXIT_GOAL_MISSED
 
     silent = quiet or as_json
@@ -71,7 +72,7 @@ def search(
             print(f"winner     {found.folder / 'winner' / 'student'}")
         if not quiet:
             print(f"report     {found.folder / 'report.html'}")
-    if found.met is False:
+    if found.met is False or missed_in([found.folder / "winner"] if found.verdict else []):
         raise typer.Exit(EXIT_GOAL_MISSED)
 
 

@@ -233,7 +233,8 @@ def evaluate_model(model: Path, data: str, said: Choices, *, plugins: Sequence[s
     """Score a saved model on the test split of *data*, in the task it was saved with."""
     from attar.evaluation import evaluate
 
-    return evaluate(*_read(model, data, said, plugins))
+    module, splits, task = _read(model, data, said, plugins)
+    return evaluate(module, splits[-1], task)
 
 
 def export_model(
@@ -251,8 +252,11 @@ def export_model(
     from attar.models import is_foreign
     from attar.recipes.exports import examples, told_of
 
-    module, test, task = _read(model, data, said, plugins)
+    module, splits, task = _read(model, data, said, plugins)
+    train, test = splits[0], splits[-1]
     card: Any = {"name": model.resolve().name, "data": test.name}
+    if "onnx_int8" in formats:
+        licences["calibration"] = examples(train, spread=True)
     card |= {} if is_foreign(str(model)) else told_of(model)
     chosen: Any = formats  # what is misspelt, export says
     inputs = examples(test)
@@ -261,7 +265,7 @@ def export_model(
 
 
 def _read(model: Path, data: str, said: Choices, plugins: Sequence[str]) -> tuple[Any, Any, Any]:
-    """A saved model, the test split of *data*, and the task that the model was saved with."""
+    """A saved model, the splits of *data*, and the task that the model was saved with."""
     from attar.models import families, is_foreign, load, read_extra
     from attar.recipes import rooms
     from attar.tasks import restore
@@ -272,7 +276,7 @@ def _read(model: Path, data: str, said: Choices, plugins: Sequence[str]) -> tupl
         if options.get("size") and said.size is None:
             note = f"the images are of several sizes and become {options['size']} pixels a side"
             print(f"attar: {note}; --size N chooses another", file=sys.stderr)
-        return _foreign(model, _test_split(options, known), task)
+        return _foreign(model, _splits(options, known), task)
     added = {name: make for name, make in known["models"].items() if name not in families()}
     module, extra = load(model, families=added), read_extra(model)
     if _same(extra.get("data"), options):
@@ -282,11 +286,11 @@ def _read(model: Path, data: str, said: Choices, plugins: Sequence[str]) -> tupl
         shape: Sequence[int] = built.get("options", {}).get("shape") or ()
         if said.size is None and len(shape) == 3:
             options["size"] = shape[-1]  # what the model reads
-    test = _test_split(options, known)
-    return module, test, restore(extra.get("task")).fitted(test)
+    splits = _splits(options, known)
+    return module, splits, restore(extra.get("task")).fitted(splits[-1])
 
 
-def _foreign(model: Path, test: Any, task: str) -> tuple[Any, Any, Any]:
+def _foreign(model: Path, splits: Any, task: str) -> tuple[Any, Any, Any]:
     """A folder that transformers saved, with the classes of the data in their order."""
     from attar.models import build, pretrained
     from attar.tasks import ImageClassification
@@ -294,15 +298,15 @@ def _foreign(model: Path, test: Any, task: str) -> tuple[Any, Any, Any]:
     if task != "image-classification":
         raise UsageError(f"{model}: classifies images, and --data brings a {task}; name other data")
     made = partial(pretrained, path=str(model), head="keep")
-    return build(made, data=test), test, ImageClassification().fitted(test)
+    return build(made, data=splits[-1]), splits, ImageClassification().fitted(splits[-1])
 
 
-def _test_split(options: dict[str, Any], known: Any) -> Any:
+def _splits(options: dict[str, Any], known: Any) -> Any:
     from attar.recipes import parse
     from attar.recipes.resolve import Resolver
 
     document = parse(json.dumps(options), "--data")
-    return Resolver(document, known).choice(document.value, "readers", ())()[-1]
+    return Resolver(document, known).choice(document.value, "readers", ())()
 
 
 def _same(saved: Any, options: dict[str, Any]) -> bool:

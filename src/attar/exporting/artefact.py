@@ -29,7 +29,7 @@ class Lost:
         metric: the task's.
         module, file: its value for each, on the same examples.
         drop: how much worse the file is; negative where it is better.
-        budget: how much worse it may be.
+        budget: how much worse it may be; None where nobody said.
         missed: whether it is worse than that.
     """
 
@@ -37,7 +37,7 @@ class Lost:
     module: float
     file: float
     drop: float
-    budget: float
+    budget: float | None
     missed: bool
 
 
@@ -56,7 +56,7 @@ class Artefact:
         agreement: of a file of whole numbers, the share of the examples on which its largest
             output is the module's; None where that is no answer, and for all other files, where
             it must be 1.
-        lost: of such a file, what it lost on a test, where a budget was given.
+        lost: of such a file, what it lost on a test, where one was given.
     """
 
     format: str
@@ -148,20 +148,21 @@ def likeness(
     return largest, same / asked if ordered else None
 
 
-def lost(run: Run, module: nn.Module, test: Source, task: Task, budget: float) -> Lost:
+def lost(run: Run, module: nn.Module, test: Source, task: Task, budget: float | None) -> Lost:
     """By how much *run* is worse than *module* on *test*.
 
     Raises:
         UsageError: the task's models read more than one tensor.
     """
     if "attention" in test.rows(torch.arange(1)):
-        raise UsageError("drop is for models that read one tensor; leave it out")
+        raise UsageError("drop and test are for models that read one tensor; leave them out")
     before, after = (
         evaluate(each, test, task, device="cpu").scores[task.metric]
         for each in (module, Runner(run))
     )
     drop = before - after if task.higher_is_better else after - before
-    return Lost(task.metric, before, after, drop, float(budget), not drop <= budget)
+    missed = budget is not None and not drop <= budget
+    return Lost(task.metric, before, after, drop, budget, missed)
 
 
 def _answers(

@@ -302,8 +302,12 @@ def _rounded(made: Artefact) -> str:
         parts.append(
             f"On the test examples its {title(found.metric)} is "
             f"{show(found.metric, found.file, digits=2)}, the network's "
-            f"{show(found.metric, found.module, digits=2)}; {found.budget:g} was the most that it "
-            "should lose."
+            f"{show(found.metric, found.module, digits=2)}"
+            + (
+                "."
+                if found.budget is None
+                else f"; {found.budget:g} was the most that it should lose."
+            )
         )
     return " ".join(parts)
 

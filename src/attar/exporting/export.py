@@ -98,7 +98,7 @@ def export(
         skip: for the same: patterns of layers that stay float.
         drop: how much of the task's metric ``onnx_int8`` may lose on *test*, such as 0.01 of an
             accuracy. A file that loses more is written all the same, and says so: ``lost.missed``.
-        test: what that is measured on.
+        test: what that is measured on; without *drop* it is measured all the same.
 
     Returns:
         by format, what was written and seen.
@@ -133,7 +133,7 @@ def export(
             _artefact(name, draft, target, run, original, examples, ordered)
             for name, run in runs.items()
         ]
-        if drop is not None and test is not None and task is not None:
+        if test is not None and task is not None:
             made = [
                 replace(each, lost=lost(runs[FORMAT], original, test, task, drop))
                 if each.format == FORMAT
@@ -195,10 +195,10 @@ def _check_formats(formats: Sequence[str], module: nn.Module) -> None:
 
 
 def _check_drop(drop: Any, test: Any, formats: Sequence[str], task: Task | None) -> None:
-    if (drop is None) != (test is None) or (drop is not None and task is None):
+    if (drop is not None and test is None) or (test is not None and task is None):
         raise UsageError(
-            "drop, test and task go together: how much the int8 file may lose, on which examples, "
-            "and by whose metric"
+            "drop needs test and task: how much the int8 file may lose, on which examples, and by "
+            "whose metric"
         )
     if drop is not None and FORMAT not in formats:
         raise UsageError(f"drop is what the format {FORMAT} may lose; add it to formats")

@@ -72,9 +72,17 @@ def models_of(steps: Sequence[Step]) -> dict[str, nn.Module]:
 
 
 def told(
-    task: Task, verdict: Verdict, seeds: Sequence[Sequence[Step]], costs: Mapping[str, Cost]
+    task: Task,
+    verdict: Verdict,
+    seeds: Sequence[Sequence[Step]],
+    costs: Mapping[str, Cost],
+    exports: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The chain as JSON: each step in order, its scores and its cost, and all as a table."""
+    """The chain as JSON: each step in order, its scores and its cost, and all as a table.
+
+    Args:
+        exports: files that run by themselves are its last steps.
+    """
     found: list[dict[str, Any]] = []
     for number, step in enumerate(seeds[0]):
         last = number == len(seeds[0]) - 1
@@ -84,10 +92,19 @@ def told(
         score = sum(scores) / len(scores)
         found.append({"do": step.do, "score": score, "scores": scores, "cost": cost.to_json()})
         found[-1] |= made
+    found += [_file(made, found[-1]) for made in exports if made["format"] != "safetensors"]
     report = verdict.models.get("teacher")
     teacher = None if report is None else {"score": report.primary.value, "cost": _cost(report)}
     rows = table(task.metric, verdict.examples, teacher, found)
     return {"seeds": len(seeds), "teacher": teacher, "steps": found, "table": rows}
+
+
+def _file(made: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """An exported file as a step; one that was not judged by itself answers as the student does."""
+    lost = made.get("lost")
+    score = student["score"] if lost is None else lost["file"]
+    cost = student["cost"] | {"bytes": made["bytes"], "latency": made["latency"]}
+    return {"do": f"export {made['format']}", "score": score, "scores": [score], "cost": cost}
 
 
 def _cost(report: ModelReport) -> dict[str, Any] | None:

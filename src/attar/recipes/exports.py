@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from attar.compression.common import spread as everywhere
 from attar.data import Source
 from attar.evaluation import Verdict
 from attar.evaluation.numbers import show, title
@@ -19,7 +20,7 @@ from attar.models import read_extra
 from attar.recipes.rooms import SUPPLIED
 from attar.reporting.page import read_verdict
 from attar.reporting.redaction import redacted
-from attar.runtime import DataError, PreflightError
+from attar.runtime import DataError, PreflightError, read_json
 
 if TYPE_CHECKING:
     from attar.recipes.job import Job
@@ -48,13 +49,17 @@ def check_stage(job: Job, student: nn.Module) -> dict[str, Any]:
     return {"formats": list(formats), "folder": FOLDER, "examples": min(MOST, len(job.test))}
 
 
-def examples(source: Source, most: int = MOST) -> dict[str, Tensor]:
+def examples(source: Source, most: int = MOST, *, spread: bool = False) -> dict[str, Tensor]:
     """The first inputs of *source*, which files are checked on; of texts what is real of them too.
+
+    Args:
+        spread: take them from all over *source*, whose rows may be in the order of their classes.
 
     Raises:
         PreflightError: its examples are not one tensor.
     """
-    batch = source.rows(torch.arange(min(most, len(source))))
+    count = min(most, len(source))
+    batch = source.rows(everywhere(count, source) if spread else torch.arange(count))
     if "inputs" not in batch:
         raise PreflightError(
             f"{source.name}: its batches hold {', '.join(sorted(batch))}, but only a model that "
@@ -116,13 +121,19 @@ def _rounding(job: Job) -> dict[str, Any]:
     options = job.recipe.exporting or {}
     if "onnx_int8" not in options.get("formats", ()):
         return {}
-    given: dict[str, Any] = {"calibration": examples(job.train)}
-    return given if options.get("drop") is None else given | {"test": job.test}
+    given: dict[str, Any] = {"calibration": examples(job.train, spread=True)}
+    judged = options.get("drop") is not None or "attention" not in given["calibration"]
+    return given | {"test": job.test} if judged else given
 
 
 def missed(exports: Sequence[Mapping[str, Any]]) -> bool:
     """Whether one of *exports*, as ``verdict.json`` holds them, lost more than it may."""
     return any((each.get("lost") or {}).get("missed") for each in exports)
+
+
+def missed_in(runs: Iterable[Path]) -> bool:
+    """Whether a file that one of these runs exported lost more than it may."""
+    return any(missed(read_json(run / "verdict.json")["exports"]) for run in runs)
 
 
 def summary(made: Sequence[Artefact]) -> str:
@@ -146,8 +157,8 @@ def _near(made: Artefact) -> str:
 
 def _lost(name: str, found: Lost) -> str:
     ours, theirs = (show(found.metric, each, digits=2) for each in (found.file, found.module))
+    line = f"{name}: {title(found.metric)} {ours}, the student's {theirs}"
+    if found.budget is None:
+        return line
     how = "more than" if found.missed else "within"
-    return (
-        f"{name}: {title(found.metric)} {ours}, the student's {theirs}, {how} the "
-        f"{found.budget:g} it may lose"
-    )
+    return f"{line}, {how} the {found.budget:g} it may lose"

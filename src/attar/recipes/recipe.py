@@ -201,8 +201,9 @@ class Search:
         sampler: who proposes the next: ``tpe`` learns from those before it, as ``nsga`` does,
             which looks for the whole front of metric, size and time; ``random``; ``grid``.
         pruner: which trials are stopped early: ``goal``, those that are below each one that met
-            the goal, once four have; ``median``, those below half of the others; ``none``. When left out, ``goal``
-            where the recipe has one and ``median`` where not; ``none`` with ``nsga``.
+            the goal, once four have; ``median``, those below half of the others; ``none``. When
+            left out, ``goal`` where the recipe has one and ``median`` where not; ``none`` with
+            ``nsga``.
         storage: a URL of Optuna's that several machines share; ``search.db`` in the run folder
             when left out.
     """

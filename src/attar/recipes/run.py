@@ -107,7 +107,7 @@ def finish(desk: Desk, taught: Arm, loaded: Loaded) -> tuple[Verdict, dict[str, 
         "exports": _exported(desk, loaded, arms["distilled"], verdict),
     }
     if steps := arms["distilled"].steps:
-        made["chain"] = chain.told(desk.job.task, verdict, steps, found)
+        made["chain"] = chain.told(desk.job.task, verdict, steps, found, made["exports"])
     desk.run.write("verdict.json", verdict.to_json() | made)
     if desk.ranks.main:
         desk.run.write("figures.json", _figures(desk, taught, arms))
