@@ -40,6 +40,10 @@ NEWS = [f"data.{part}={{news}}/{part}.csv" for part in ("train", "test")]
 NEWS += ["data.tokenizer={news}", "data.length=8", "stages.0.epochs=1"]
 QUICK: dict[str, list[str]] = {
     "assistant.yaml": [*FEW, "stages.1.epochs=2"],
+    "chain.yaml": [
+        *("teacher.train.epochs=40", "teacher.model.depth=8", "stages.6.drop=0.9"),
+        *(f"stages.{place}.epochs=1" for place in (0, 2, 4)),
+    ],
     "digits.yaml": FEW,
     "few_labels.yaml": ["teacher.train.epochs=40", "stages.0.epochs=1", "seeds=1"],
     "embeddings.yaml": [*NEWS, "teacher.load={news}", "student.depth=1"],
@@ -47,6 +51,7 @@ QUICK: dict[str, list[str]] = {
     "garments.yaml": [*SCENES, "data.folder={clothes}"],
     "images.yaml": [*BANDS, "data.folder={photos}", "data.size=16"],
     "own_model.yaml": FEW,
+    "search.yaml": ["teacher.train.epochs=4", "stages.0.epochs=2"],
     "smollm2.yaml": STORIES,
     "topics.yaml": [
         *NEWS,
