@@ -185,16 +185,17 @@ def measure(
     problem: Problem, folder: Path, peers: Mapping[str, Loop], rounds: int
 ) -> dict[str, dict[str, float]]:
     """Each loop beside the bare pass and beside attar; microseconds and ratios of one round."""
+    both: dict[str, Loop] = {BARE: bare, OURS: partial(attar_distill, source=Own, cache=folder)}
+    own = {AGAIN: bare, HAND: by_hand, LIVE: partial(attar_distill, source=Own)}
+    found = beside(problem, {**both, **own, "by hand, live": hand_slicing}, rounds)
+    if peers:  # apart: a turn of theirs leaves nothing of a small net in the processor's caches
+        found = beside(problem, {**both, **peers}, rounds) | found
+    return found
+
+
+def beside(problem: Problem, loops: Mapping[str, Loop], rounds: int) -> dict[str, dict[str, float]]:
+    """These loops in turns; their microseconds and ratios."""
     problem = replace(problem, steps=(rounds * TURN // POOL + 3) * POOL)
-    loops: dict[str, Loop] = {
-        BARE: bare,
-        AGAIN: bare,
-        HAND: by_hand,
-        OURS: partial(attar_distill, source=Own, cache=folder),
-        LIVE: partial(attar_distill, source=Own),
-        "by hand, live": hand_slicing,
-        **peers,
-    }
     _, laps = interleave({name: partial(loop, problem) for name, loop in loops.items()}, rounds)
     wall = {name: np.median(found[rounds // 10 :, :, 0], 1) for name, found in laps.items()}
     return {

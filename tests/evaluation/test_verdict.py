@@ -153,7 +153,7 @@ def test_the_goal_missed(house: Any) -> None:
 
 
 def costing(ms: float, size: int, macs: int) -> Cost:
-    latency = dict.fromkeys(("1", "64"), {"p50_ms": ms, "p95_ms": ms})
+    latency = {key: {"p50_ms": ms, "p95_ms": ms} for key in ("1", "64")}
     return Cost(parameters=1, macs=macs, bytes=size, latency=latency, threads=1, device="a machine")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from attar.training.loop import Loop
 
 RECIPE = """\
 task: image-classification
@@ -40,6 +44,40 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(60):
         text = (f"w{1 + (number + step) % 39}" for step in range(5 + number % 9))
         Path(f"corpus/{number:02}.txt").write_text(" ".join(text))
+
+
+class Crash(Exception):
+    """A process that dies."""
+
+
+@pytest.fixture
+def dies_after() -> Callable[[int], AbstractContextManager[None]]:
+    """``with dies_after(steps):`` a run inside takes so many optimiser steps and dies."""
+
+    @contextmanager
+    def after(steps: int) -> Iterator[None]:
+        step, left = Loop.step, iter(range(steps))
+
+        def counted(self: Loop, window: Any) -> float:
+            if next(left, None) is None:
+                raise Crash
+            return step(self, window)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):  # noqa: PT012
+            patch.setattr(Loop, "step", counted)
+            yield
+
+    return after
+
+
+@pytest.fixture
+def no_more_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """After ``no_more_steps()`` nothing may be trained."""
+
+    def step(self: Loop, window: Any) -> float:
+        raise AssertionError("a step was taken")
+
+    return lambda: monkeypatch.setattr(Loop, "step", step)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from attar.recipes import check, run
 from attar.recipes.changes import PLANS
 from attar.reporting import page
 from attar.runtime import PreflightError, read_json
-from attar.training.loop import Loop
 
 Write = Callable[..., Path]
 
@@ -135,27 +134,13 @@ def test_without_it_the_recipes_teacher_goes_on(
 
 
 def test_a_chain_killed_again_and_again_is_the_chain_that_was_not(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     recipe = write(text=CHAIN + "seeds: 2\n")
     run(recipe, folder=tmp_path / "whole")
-    step = Loop.step
-
-    class Crash(Exception):
-        """A process that dies."""
-
     for lasts in (25, 4, 7, 12, 5):
-        left = iter(range(lasts))
-
-        def counted(self: Loop, window: Any, left: Any = left) -> float:
-            if next(left, None) is None:
-                raise Crash
-            return step(self, window)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Loop, "step", counted)
-            with pytest.raises(Crash):
-                run(recipe, folder=tmp_path / "run", resume=True)
+        with dies_after(lasts):
+            run(recipe, folder=tmp_path / "run", resume=True)
     run(recipe, folder=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     chains = [kept(tmp_path / name)["chain"] for name in ("run", "whole")]

@@ -33,21 +33,6 @@ GOAL = "stages:\n", "goal: {retain: 0.5}\nstages:\n"
 ONE = ["stages.0.epochs=1", "teacher.train.epochs=3"]
 
 
-class Crash(Exception):
-    """A process that dies."""
-
-
-def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, count = Loop.step, iter(range(10**9))
-
-    def counted(self: Loop, window: Any) -> float:
-        if next(count) == steps:
-            raise Crash
-        return step(self, window)
-
-    monkeypatch.setattr(Loop, "step", counted)
-
-
 def several(recipe: Any, folder: Path, **more: Any) -> Verdicts:
     found = run(recipe, folder=folder, **more)
     assert isinstance(found, Verdicts)
@@ -107,15 +92,13 @@ def test_the_teacher_is_trained_once_and_asked_once_about_each_row(
 
 
 def test_a_crash_in_the_second_student_costs_neither_the_teacher_nor_the_first(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: Callable[..., Any]
 ) -> None:
     path = write(SINGLE, TWO, "    label_weight", "    checkpoint_every: 3\n    label_weight")
     whole = several(path, tmp_path / "whole", overrides=ONE)
     teacher, arm = 3 * 31, 16
-    with monkeypatch.context() as patch:
-        crash_after(teacher + 3 * arm + 5, patch)
-        with pytest.raises(Crash):
-            run(path, folder=tmp_path / "run", overrides=ONE)
+    with dies_after(teacher + 3 * arm + 5):
+        run(path, folder=tmp_path / "run", overrides=ONE)
     assert (tmp_path / "run" / "student-0" / "verdict.json").is_file()
     assert (tmp_path / "run" / "student-1" / "metrics.jsonl").is_file()
     assert not (tmp_path / "run" / "student-1" / "verdict.json").is_file()
@@ -175,9 +158,9 @@ def test_a_list_that_says_nothing_is_refused_with_its_place(
 
 
 def test_all_students_are_tried_before_anything_is_trained(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, no_more_steps: Callable[[], None]
 ) -> None:
-    crash_after(0, monkeypatch)
+    no_more_steps()
     term = '      - {loss: mse, student: "feature:blocks.1", teacher: "output:logits"}\n'
     path = write(SINGLE, "student: [{name: mlp, widths: [8, 10]}, {name: mlp, widths: [8]}]\n")
     path.write_text(path.read_text().replace("    label_weight", term + "    label_weight"))

@@ -19,7 +19,6 @@ from attar.losses import cross_entropy, kl_divergence, mse
 from attar.recipes import Recipe, TeacherPlan, check, load_recipe, run
 from attar.recipes.job import prepare, stage_of
 from attar.runtime import PreflightError
-from attar.training.loop import Loop
 from attar.training.peers import between, labels_of
 
 RECIPE = """\
@@ -35,10 +34,6 @@ stages:
     label_weight: 1.0
     terms: [{loss: {name: kl_divergence, temperature: 1.0}}]
 """
-
-
-class Crash(Exception):
-    """A process that dies."""
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -242,23 +237,13 @@ def test_check_says_what_teaches_and_lists_every_members_terms(
 
 
 def test_a_killed_run_of_students_that_teach_each_other_is_the_run_that_was_not(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     path = write(text=RECIPE + "seeds: 2\n")
     run(path, folder=tmp_path / "whole")
-    step = Loop.step
     for lasts in (20, 6, 23):
-        left = iter(range(lasts))
-
-        def counted(self: Loop, window: Any, left: Any = left) -> float:
-            if next(left, None) is None:
-                raise Crash
-            return step(self, window)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Loop, "step", counted)
-            with pytest.raises(Crash):
-                run(path, folder=tmp_path / "run", resume=True)
+        with dies_after(lasts):
+            run(path, folder=tmp_path / "run", resume=True)
     run(path, folder=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert "peer-1" in weights(tmp_path / "run")

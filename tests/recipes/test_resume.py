@@ -12,7 +12,6 @@ import pytest
 import attar
 from attar.recipes import load_recipe, run
 from attar.runtime import PreflightError, RunExistsError
-from attar.training.loop import Loop
 
 TWO_STAGES = """\
 task: image-classification
@@ -40,21 +39,6 @@ seeds: 2
 STEPS = 16 + 2 * 2 * 2 * 8  # the teacher's, then seeds x arms x stages
 
 
-class Crash(Exception):
-    """A process that dies."""
-
-
-def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, count = Loop.step, iter(range(10**9))
-
-    def counted(self: Loop, window: Any) -> float:
-        if next(count) == steps:
-            raise Crash
-        return step(self, window)
-
-    monkeypatch.setattr(Loop, "step", counted)
-
-
 def weights(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*/model.safetensors"))]
 
@@ -65,15 +49,13 @@ def recipe(write: Callable[..., Path]) -> Path:
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     whole = run(recipe, folder=tmp_path / "whole")
     crashes = 0
     for lasts in (0, 5, 14, 9, 20, 3, 11):
-        with monkeypatch.context() as patch:
-            crash_after(lasts, patch)
-            with pytest.raises(Crash):
-                run(recipe, folder=tmp_path / "run", resume=True)
+        with dies_after(lasts):
+            run(recipe, folder=tmp_path / "run", resume=True)
         crashes += 1
     resumed = run(recipe, folder=tmp_path / "run", resume=True)
     assert crashes == 7
@@ -86,10 +68,10 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(
 
 
 def test_a_finished_run_takes_no_step_when_it_is_resumed(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, no_more_steps: Callable[[], None]
 ) -> None:
     whole = run(recipe, folder=tmp_path / "run")
-    crash_after(0, monkeypatch)
+    no_more_steps()
     again = run(recipe, folder=tmp_path / "run", resume=True)
     assert again.headline == whole.headline
 
@@ -163,13 +145,11 @@ def test_resume_starts_a_run_where_there_is_none_and_refuses_other_folders(
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     whole = run(recipe, folder=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        crash_after(13, patch)
-        with pytest.raises(Crash):
-            run(recipe, folder=tmp_path / "run")
+    with dies_after(13):
+        run(recipe, folder=tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "teacher-0" / "step-000000012"
     file = folder / "objective.safetensors"
     data = bytearray(file.read_bytes())

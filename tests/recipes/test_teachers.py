@@ -18,7 +18,6 @@ from attar.cli.tables import print_plan
 from attar.recipes import check, load_recipe, run
 from attar.recipes.job import prepare
 from attar.runtime import DataError, PreflightError
-from attar.training.loop import Loop
 
 TEACHER = """\
 teacher:
@@ -33,21 +32,6 @@ teacher:
     - {MEMBER}
   temperature: 4.0
 """
-
-
-class Crash(Exception):
-    """A process that dies."""
-
-
-def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, count = Loop.step, iter(range(10**9))
-
-    def counted(self: Loop, window: Any) -> float:
-        if next(count) == steps:
-            raise Crash
-        return step(self, window)
-
-    monkeypatch.setattr(Loop, "step", counted)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -124,16 +108,14 @@ def test_learned_weights_are_found_on_validation_after_the_training(
 
 
 def test_a_killed_run_with_an_ensemble_is_the_run_that_was_not(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     text = TWO.replace("batch_size: 128", "batch_size: 128, checkpoint_every: 3")
     path = write(TEACHER, text + "  weighting: learned\n")
     run(path, folder=tmp_path / "whole")
     for lasts in (5, 14, 20):
-        with monkeypatch.context() as patch:
-            crash_after(lasts, patch)
-            with pytest.raises(Crash):
-                run(path, folder=tmp_path / "run", resume=True)
+        with dies_after(lasts):
+            run(path, folder=tmp_path / "run", resume=True)
     run(path, folder=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
@@ -407,15 +389,13 @@ def test_check_shows_the_assistant(
 
 
 def test_a_killed_run_of_generations_is_the_run_that_was_not(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     path = staged(write, ASSISTED + STAGE + "    teacher: previous\n")
     run(path, folder=tmp_path / "whole")
     for lasts in (44, 5, 11):
-        with monkeypatch.context() as patch:
-            crash_after(lasts, patch)
-            with pytest.raises(Crash):
-                run(path, folder=tmp_path / "run", resume=True)
+        with dies_after(lasts):
+            run(path, folder=tmp_path / "run", resume=True)
     run(path, folder=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
@@ -485,14 +465,12 @@ def test_check_shows_a_teacher_that_follows(
 
 
 def test_a_killed_run_with_a_teacher_that_follows_is_the_run_that_was_not(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, dies_after: Callable[..., Any]
 ) -> None:
     path = staged(write, STAGES + STAGE.replace("epochs: 1", "epochs: 2"), FOLLOWS)
     run(path, folder=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        crash_after(26, patch)
-        with pytest.raises(Crash):
-            run(path, folder=tmp_path / "run", resume=True)
+    with dies_after(26):
+        run(path, folder=tmp_path / "run", resume=True)
     run(path, folder=tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 

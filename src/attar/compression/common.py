@@ -135,3 +135,23 @@ def thousands(parameters: tuple[int, int]) -> str:
     """Before and after, for people."""
     of, left = parameters
     return f"{of:,} parameters to {left:,} ({1 - left / of:.0%} fewer)"
+
+
+def planned_layer(
+    model: nn.Module, path: str, weights: int, fits: Callable[[Any], bool] = lambda part: True
+) -> Any:
+    """The layer at *path* that a plan was made for, of so many *weights*.
+
+    Errors: the model has none such (UsageError).
+    """
+    try:
+        part: Any = model.get_submodule(path)
+        found = part.weight.numel() == weights and fits(part)
+    except AttributeError:
+        found = False
+    if not found:
+        raise UsageError(
+            f"the plan is for another model: it has a layer '{path}' of {weights:,} weights, and "
+            "this one has not"
+        )
+    return part

@@ -11,7 +11,14 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from attar.compression.common import applied, check_plain, count, layers_of, thousands
+from attar.compression.common import (
+    applied,
+    check_plain,
+    count,
+    layers_of,
+    planned_layer,
+    thousands,
+)
 from attar.compression.low_rank import (
     Options,
     Split,
@@ -104,7 +111,7 @@ class Factorization:
         """
         made = copy.deepcopy(model)
         for each in self.layers:
-            layer = _layer_of(made, each)
+            layer = planned_layer(made, each.path, each.weights[0], _splits)
             if self.examples and each.path not in self.seen:
                 raise UsageError(
                     "this plan was made with examples, which no file keeps; make it again with "
@@ -113,6 +120,10 @@ class Factorization:
             two = factors(layer, each.split, each.rank, self.seen.get(each.path))
             made = put(made, each.path, two.train(layer.training))
         return noted(made, model)
+
+
+def _splits(part: nn.Module) -> bool:
+    return type(part) in (nn.Linear, nn.Conv2d)
 
 
 @torch.no_grad()
@@ -266,17 +277,3 @@ def _kept(values: Tensor, rank: int) -> float:
     squares = values.square()
     total = float(squares.sum())
     return float(squares[:rank].sum()) / total if total else 1.0
-
-
-def _layer_of(model: nn.Module, each: Factored) -> nn.Module:
-    try:
-        layer: Any = model.get_submodule(each.path)
-        fits = type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.numel() == each.weights[0]
-    except AttributeError:
-        fits = False
-    if not fits:
-        raise UsageError(
-            f"the plan is for another model: it has a layer '{each.path}' of {each.weights[0]:,} "
-            "weights, and this one has not"
-        )
-    return layer

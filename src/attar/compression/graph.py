@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attar.compression.axes import APART
-from attar.runtime import UsageError, first_line
+from attar.runtime import UsageError, first_line, quiet
 
 INSTALL = 'pip install "attar[prune]"'
 
@@ -105,7 +102,7 @@ def pruned(
         for path, part in model.named_modules()
         if not any(True for _ in part.children()) and path not in chosen
     ]
-    with _quiet(), torch.enable_grad():
+    with quiet(), torch.enable_grad():
         if loss is not None:
             loss(forward(model, example)).backward()
         try:
@@ -187,18 +184,6 @@ def _importance(library: Any, name: str) -> Any:
         "batch_norm": "BNScaleImportance",
     }
     return getattr(library.importance, kinds[name])()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _library() -> Any:

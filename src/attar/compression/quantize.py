@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from attar.compression.common import answer, applied, check_plain, layers_of, run
+from attar.compression.common import answer, applied, check_plain, layers_of, planned_layer, run
 from attar.compression.flow import Flow, flow_of
 from attar.models import quantized
 from attar.models.changed import noted, put
@@ -405,16 +405,8 @@ def folded(layer: nn.Linear | nn.Conv2d, norm: Any) -> nn.Linear | nn.Conv2d:
 
 
 def _part_of(model: nn.Module, each: Quantized, kinds: tuple[type, ...]) -> nn.Module:
-    try:
-        part: Any = model.get_submodule(each.path)
-        fits = type(part) in kinds and part.weight.numel() == each.weights
-        if each.takes is not None:
-            fits = fits and type(model.get_submodule(each.takes)) in _NORMS
-    except AttributeError:
-        fits = False
-    if not fits:
-        raise UsageError(
-            f"the plan is for another model: it has a layer '{each.path}' of {each.weights:,} "
-            "weights, and this one has not"
-        )
-    return part
+    def fits(part: nn.Module) -> bool:
+        norm = None if each.takes is None else type(model.get_submodule(each.takes))
+        return type(part) in kinds and (norm is None or norm in _NORMS)
+
+    return planned_layer(model, each.path, each.weights, fits)

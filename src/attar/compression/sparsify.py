@@ -12,7 +12,7 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
-from attar.compression.common import applied, check_plain, layers_of
+from attar.compression.common import applied, check_plain, layers_of, planned_layer
 from attar.models.adapters import has_adapters
 from attar.models.masks import baked, put_mask
 from attar.runtime import UsageError
@@ -74,7 +74,7 @@ class Sparsity:
         """A copy of *model* with masks on its layers; *model* is left as it is."""
         made = copy.deepcopy(baked(model))
         for each in self.layers:
-            layer = _layer_of(made, each)
+            layer = planned_layer(made, each.path, each.weights)
             kept = _two_of_four(layer.weight) if self.pattern else _largest(layer, each.zeros)
             put_mask(layer, "weight", kept)
         return made
@@ -244,17 +244,3 @@ def _two_of_four(weight: Any) -> Tensor:
     best = fours.argsort(dim=-1, descending=True, stable=True)[..., :2]
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter(-1, best, True)
     return kept.flatten(-2).movedim(-1, 1).contiguous()
-
-
-def _layer_of(model: nn.Module, each: Thinned) -> Any:
-    try:
-        layer: Any = model.get_submodule(each.path)
-        fits = layer.weight.numel() == each.weights
-    except AttributeError:
-        fits = False
-    if not fits:
-        raise UsageError(
-            f"the plan is for another model: it has a layer '{each.path}' of {each.weights:,} "
-            "weights, and this one has not"
-        )
-    return layer

@@ -8,11 +8,8 @@ ones that need 8 are written without a sign, which onnxruntime multiplies in a w
 from __future__ import annotations
 
 import importlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from attar.exporting.tokens import INPUTS, asked
 from attar.exporting.tracing import traced
 from attar.models.matching import matching
 from attar.models.quantized import as_constants, modes
-from attar.runtime import UsageError, first_line
+from attar.runtime import UsageError, first_line, quiet
 from attar.tasks import Task
 
 FORMAT = "onnx_int8"
@@ -183,7 +180,7 @@ def _calibrated(
         node.name = f"{number}:{paths.get(number, '')}"
     excluded = [proto.graph.node[number].name for number in paths if paths[number] in spared]
     _check_kinds(proto.graph, paths, spared)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         given, prepared, made = (Path(folder) / f"{name}.onnx" for name in ("a", "b", "c"))
         onnx.save(proto, given)
         try:
@@ -278,16 +275,3 @@ def _refuse_float(why: Mapping[str, str]) -> None:
     raise UsageError(
         f"{FORMAT}: {shown}{more} would stay float; name what may in skip=[...], or export onnx"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of onnxruntime's tools."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +11,12 @@ from torch import Tensor, nn
 from attar.exporting.artefact import Run
 from attar.exporting.tokens import INPUTS
 from attar.exporting.tracing import Graph
-from attar.runtime import UsageError, first_line
+from attar.runtime import UsageError, first_line, quiet
 
 OPSET = 20  # read by onnxruntime 1.17 (2024) and later
 LIMIT = 2**31 - 1  # bytes of a protocol buffer
 OUTPUT = "outputs"
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
-NOISE = "torch.onnx._internal.exporter._registration"  # names each operator of no torchvision
 
 
 def check_onnx(module: nn.Module) -> None:
@@ -63,7 +58,7 @@ def onnx_proto(graph: Graph) -> Any:
     """`onnx_bytes` as an object, which still tells from which part of the module a node is."""
     onnx: Any = importlib.import_module("onnx")
     try:
-        with _quiet():
+        with quiet():
             made = torch.onnx.export(
                 graph.program,
                 (),
@@ -84,20 +79,6 @@ def onnx_proto(graph: Graph) -> Any:
             "torch_export"
         ) from error
     return proto
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks that the exporter makes about itself."""
-    logger = logging.getLogger(NOISE)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def forget_origin(proto: Any) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from attar.reporting.figures import BOTTOM, HEIGHT, LEFT, MARGIN, TOP, frame
-from attar.reporting.placing import Box, Spot, placed
+from attar.reporting.placing import Box, Spot, placed, stairs
 from attar.reporting.svg import (
     LETTER,
     WIDTH,
@@ -152,8 +152,8 @@ def _labels(
         outside = f": {_value(point.value, verdict['percent'])}" if plane.outside(point) else ""
         words.append(clip(word, LETTERS) + outside)
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in map(plane.place, plane.points)]
-    stairs = _stairs(plane)
-    for (x, y), (next_x, next_y) in pairwise(stairs):
+    steps = stairs(map(plane.place, plane.front))
+    for (x, y), (next_x, next_y) in pairwise(steps):
         taken.append(Box(min(x, next_x) - 1, min(y, next_y) - 1, next_x + 1, max(y, next_y) + 1))
     field = Box(LEFT + 2, TOP - 8, WIDTH, TALL - BOTTOM + 2)
     widths = [LETTER * len(word) for word in words]
@@ -164,8 +164,8 @@ def _labels(
 def _panel(verdict: Mapping[str, Any], axis: str, plane: Plane, spots: Sequence[Spot]) -> str:
     percent, what = verdict["percent"], TITLES[axis]
     parts = frame(plane.across, plane.down, percent, UNITS[axis], f"{what}, logarithmic", TALL)
-    if len(stairs := _stairs(plane)) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in stairs)
+    if len(steps := stairs(map(plane.place, plane.front))) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
         parts.append(tag("polyline", points=path, class_="ideal curve"))
     told = [point for point in plane.points if point.kind != "baseline"]
     for point, spot in zip(told, spots, strict=False):
@@ -182,14 +182,6 @@ def _panel(verdict: Mapping[str, Any], axis: str, plane: Plane, spots: Sequence[
     )
     said = f"{shown(verdict['metric'])} against {what}: {values}"
     return canvas(f"many-{axis}", said, TALL, *parts)
-
-
-def _stairs(plane: Plane) -> list[tuple[float, float]]:
-    """The best that is to be had at each cost: a step at each student of the front."""
-    corners: list[tuple[float, float]] = []
-    for x, y in map(plane.place, plane.front):
-        corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
-    return corners
 
 
 def _mark(point: Point, plane: Plane) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 HIGH = 12.0  # of a line of words
@@ -106,3 +106,11 @@ def _foot(box: Box, anchor: tuple[float, float]) -> tuple[float, float]:
         min(max(anchor[0], box.left), box.right),
         min(max(anchor[1], box.top), box.bottom),
     )
+
+
+def stairs(spots: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The best that is to be had at each cost: a step at each model of the front, in order."""
+    corners: list[tuple[float, float]] = []
+    for x, y in spots:
+        corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
+    return corners

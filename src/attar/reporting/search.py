@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from attar.reporting.figures import BOTTOM, LEFT, MARGIN, TOP, frame
 from attar.reporting.many import FAR, TALL, TITLES, UNITS, Figure
-from attar.reporting.placing import Box, Spot, placed
+from attar.reporting.placing import Box, Spot, placed, stairs
 from attar.reporting.svg import (
     LETTER,
     WIDTH,
@@ -104,13 +104,13 @@ def _panel(search: Mapping[str, Any], axis: str, plane: Plane) -> str:
     percent, what = search["percent"], TITLES[axis]
     parts = frame(plane.across, plane.down, percent, UNITS[axis], f"{what}, logarithmic", TALL)
     parts += _goal(search, axis, plane)
-    stairs = _stairs(plane)
-    if len(stairs) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in stairs)
+    steps = stairs(map(plane.place, plane.front))
+    if len(steps) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
         parts.append(tag("polyline", points=path, class_="ideal curve"))
     for point in sorted(plane.points, key=lambda p: (p in plane.front, p.number == plane.winner)):
         parts += _mark(point, plane)
-    for spot, style in _labels(plane, stairs):
+    for spot, style in _labels(plane, steps):
         if spot.foot:
             parts.append(line(*spot.anchor, *spot.foot, f"thin stroke {style}"))
         parts.append(text(spot.words, spot.box.left, spot.box.bottom - 2, f"name fill {style}"))
@@ -138,14 +138,6 @@ def _goal(search: Mapping[str, Any], axis: str, plane: Plane) -> list[str]:
     return parts
 
 
-def _stairs(plane: Plane) -> list[tuple[float, float]]:
-    """The best that is to be had at each cost: a step at each trial of the front."""
-    corners: list[tuple[float, float]] = []
-    for x, y in map(plane.place, plane.front):
-        corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
-    return corners
-
-
 def _mark(point: Point, plane: Plane) -> list[str]:
     x, y = plane.place(point)
     if point.number is None:
@@ -162,14 +154,14 @@ def _mark(point: Point, plane: Plane) -> list[str]:
     return [tag("circle", cx=x, cy=y, r=3, class_="ring stroke distilled thin")]
 
 
-def _labels(plane: Plane, stairs: Sequence[tuple[float, float]]) -> list[tuple[Spot, str]]:
+def _labels(plane: Plane, steps: Sequence[tuple[float, float]]) -> list[tuple[Spot, str]]:
     """Words beside the winner, the teacher and the front; as many as there is room for."""
     told = [p for p in plane.points if p.number is None or p in plane.front]
     told.sort(key=lambda p: (p.number != plane.winner, p.number is not None, p.cost))
     if plane.winner is not None and all(p.number != plane.winner for p in told):
         told = [p for p in plane.points if p.number == plane.winner] + told
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in map(plane.place, plane.points)]
-    for (x, y), (next_x, next_y) in pairwise(stairs):
+    for (x, y), (next_x, next_y) in pairwise(steps):
         taken.append(Box(min(x, next_x) - 1, min(y, next_y) - 1, next_x + 1, max(y, next_y) + 1))
     field = Box(LEFT + 2, TOP - 8, WIDTH, TALL - BOTTOM + 2)
     found: list[tuple[Spot, str]] = []

@@ -28,6 +28,7 @@ from attar.runtime.generators import (
 )
 from attar.runtime.modes import eval_mode, modes_of, restore_modes
 from attar.runtime.progress import Bar
+from attar.runtime.quiet import quiet
 from attar.runtime.ranks import Ranks, Wrap, connect, gradient_norm
 from attar.runtime.run import Run, check_free, opened
 from attar.runtime.snapshots import Snapshot, Snapshots
@@ -65,6 +66,7 @@ __all__ = [
     "modes_of",
     "opened",
     "other_generators",
+    "quiet",
     "read_json",
     "recomputed",
     "resolve_device",
