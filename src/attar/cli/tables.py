@@ -56,7 +56,8 @@ def print_chain(chain: dict[str, Any] | None) -> None:
     stage, metric, *costs = chain["table"]["columns"]
     kept = [costs.index(each) for each in ("parameters", "size", "1 example, ms")]
     for head in (stage, metric, "change", *(costs[place] for place in kept)):
-        made.add_column(head, justify="left" if head == stage else "right")
+        first = head == stage
+        made.add_column(head, justify="left" if first else "right", no_wrap=first)
     for name, score, *rest in chain["table"]["rows"]:
         texts = [name["text"], score["text"], score["note"], *(rest[p]["text"] for p in kept)]
         made.add_row(*(Text(each or "-") for each in texts))
