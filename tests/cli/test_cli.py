@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_written_is_named_as_it_will_be(
     def denied(*words: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("attar.recipes.load_recipe", denied)
+    monkeypatch.setattr("attar.recipes.check", denied)
     done = attar("check", "recipe.yaml")
     assert (done.returncode, done.stderr) == (74, f"attar: {said}: Permission denied\n")
 

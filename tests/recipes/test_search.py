@@ -22,6 +22,7 @@ from attar.recipes import (
     Search,
     Trial,
     arms,
+    check,
     load_recipe,
     parse,
     run,
@@ -542,6 +543,15 @@ def test_a_wrong_space_is_refused_before_anything_is_trained(
     with pytest.raises(PreflightError, match=said):
         search(parse(text), folder=tmp_path / "search")
     assert not (tmp_path / "search").exists()
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(PreflightError, match=said.replace("recipe:", ".*wrong.yaml:")):
+        check(path)
+
+
+def test_check_tells_the_space(write: Write) -> None:
+    told = check(write())["search"]
+    assert told == {"trials": 4, "told": "student.widths: 4 students, each is tried once"}
 
 
 @pytest.mark.parametrize(

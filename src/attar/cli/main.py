@@ -121,10 +121,8 @@ def check(
 ) -> None:
     """Resolve a recipe, try every stage on one batch, print the plan; trains nothing."""
     from attar.recipes import check as check_recipe
-    from attar.recipes import load_recipe
 
-    loaded = load_recipe(recipe, overrides=overrides or (), plugins=plugin or ())
-    plan = check_recipe(loaded)
+    plan = check_recipe(recipe, overrides=overrides or (), plugins=plugin or ())
     if as_json:
         print(json.dumps(plan, indent=2))
     else:

@@ -133,6 +133,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
         made = plan["export"]
         formats = f"{', '.join(made['formats'])}; tried on the untrained student"
         lines.append((made["folder"], formats))
+    if "search" in plan:
+        lines.append(("search", f"{plan['search']['told']}; each value was tried"))
     _print_rows(lines, 11)
     _print_proposals(plan["stages"])
 

@@ -133,10 +133,16 @@ def check(
 ) -> dict[str, Any]:
     """The preflight alone: resolve the recipe, try every stage on one batch, say the plan.
 
+    Of a recipe in a file that searches, every value of its space is tried too.
+
     Raises:
         AttarError: what ``run`` would raise before its first step.
     """
     loaded = _loaded(recipe, overrides, plugins)
+    if loaded.recipe.search is not None and isinstance(recipe, str | Path):
+        from attar.recipes.search import check_search
+
+        return check_search(recipe, overrides, plugins)
     if loaded.recipe.many:
         from attar.recipes.many import check_many
 

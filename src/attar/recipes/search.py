@@ -133,8 +133,7 @@ def search(
         Interrupted: Ctrl-C or SIGTERM; ``resume`` goes on, and no finished trial is lost.
     """
     check_installed()
-    document, loaded, plan = _read(recipe, overrides, plugins)
-    space = _space(document, loaded, plan)
+    document, loaded, plan, space = _read(recipe, overrides, plugins)
     count = _count(trials, plan, space)
     place = Path(folder) if folder is not None else Path("runs") / f"{loaded.name}-search"
     with connect(loaded.recipe.parallel, loaded.recipe.device) as ranks:
@@ -151,7 +150,7 @@ def search(
         open_study = partial(Study, place, loaded, plan, _aims(loaded, job))
         url = storage or plan.storage
         study = None if url is None else open_study(url)  # refused before there is a folder
-        check_space(document, space, plugins, lambda one: check_job(_of(blind, one)))
+        _check_space(document, space, plugins, blind)
         with begun(ranks, place, own, plans, resume=resume) as home:
             say(f"data       {described(job)}")
             say(f"space      {words.space(space, count)}")
@@ -178,9 +177,24 @@ def search(
             return _searched(table, job)
 
 
+def check_search(
+    recipe: str | Path | Document, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The plan of a recipe that searches: its own student's, after every value was tried."""
+    document, loaded, plan, space = _read(recipe, overrides, plugins)
+    count = _count(None, plan, space)
+    job, plans = checked(loaded)
+    _check_space(document, space, plugins, job)
+    return plans | {"search": {"trials": count, "told": words.space(space, count)}}
+
+
+def _check_space(document: Document, space: Space, plugins: Sequence[str], job: Job) -> None:
+    check_space(document, space, plugins, lambda one: check_job(_of(job, one)))
+
+
 def _read(
     recipe: str | Path | Document, overrides: Sequence[str], plugins: Sequence[str]
-) -> tuple[Document, Loaded, Search]:
+) -> tuple[Document, Loaded, Search, Space]:
     if isinstance(recipe, Recipe):
         raise UsageError(
             "the space of a search is of paths in a recipe's text; give the file, or "
@@ -204,7 +218,7 @@ def _read(
             f"{document.at(('search', 'pruner'))}: pruner is goal, and the recipe has none; add "
             "goal: {retain: 0.99}, or take the pruner median"
         )
-    return document, loaded, plan
+    return document, loaded, plan, _space(document, loaded, plan)
 
 
 def _space(document: Document, loaded: Loaded, plan: Search) -> Space:
