@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_latency_is_of_one_and_of_64_examples() -> None:
             sizes.append((len(inputs), torch.is_grad_enabled(), self.training))
             return inputs
 
-    found = cost(Spy(), torch.rand(10, 4), device="cpu")
+    found = cost(Spy(), torch.rand(10, 4), device="cpu", one_thread=False)
     assert set(sizes) == {(1, False, False), (64, False, False)}
     assert sizes.count((64, False, False)) == 1 + 500 + 5 + 10  # the first for its memory
     assert set(found.latency) == {"1", "64"}
@@ -114,7 +115,7 @@ def test_a_slow_model_is_run_often_enough_and_no_longer(
             return inputs
 
     monkeypatch.setattr(module.time, "perf_counter", clock)
-    found = cost(Spy(), torch.rand(1, 4), device="cpu")
+    found = cost(Spy(), torch.rand(1, 4), device="cpu", one_thread=False)
     assert runs.count(64) == 1 + passes
     assert found.latency["64"] == pytest.approx(
         {"p50_ms": 1000 * seconds, "p95_ms": 1000 * seconds}
@@ -157,3 +158,55 @@ def test_models_take_turns_so_that_what_slows_one_slows_all() -> None:
         name for name, before in zip(called, [None, *called], strict=False) if name != before
     )
     assert order.count("abc") > 20  # ten turns for each of two batch sizes, and the warm-up
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Counts(nn.Module):
+    """Notes on how many threads each pass runs, by the size of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, int]] = set()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen.add((len(inputs), torch.get_num_threads()))
+        return inputs
+
+
+def test_where_torch_has_several_threads_one_is_timed_too(
+    threads: Callable[[int], None],
+) -> None:
+    threads(2)
+    found = cost(model := Counts(), torch.rand(3, 4), device="cpu")
+    assert model.seen == {(1, 1), (1, 2), (64, 1), (64, 2)}
+    assert found.threads == torch.get_num_threads() == 2
+    assert found.one_thread.keys() == found.latency.keys() == {"1", "64"}
+    assert found.one_thread != found.latency
+    found = cost(model := Counts(), torch.rand(3, 4), device="cpu", one_thread=False)
+    assert {each for _, each in model.seen} == {2}
+    assert found.one_thread == {}
+
+
+def test_one_thread_is_not_timed_twice(threads: Callable[[int], None]) -> None:
+    threads(1)
+    found = cost(nn.Identity(), torch.rand(3, 4), device="cpu")
+    assert (found.threads, found.one_thread) == (1, {})
+
+
+def test_a_model_that_breaks_gives_the_threads_back(threads: Callable[[int], None]) -> None:
+    class Breaks(Counts):
+        def forward(self, inputs: Tensor) -> Tensor:
+            if torch.get_num_threads() == 1:
+                raise RuntimeError("broken")
+            return inputs
+
+    threads(2)
+    with pytest.raises(RuntimeError, match="broken"):
+        cost(Breaks(), torch.rand(3, 4), device="cpu")
+    assert torch.get_num_threads() == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -255,6 +256,7 @@ def test_last_epoch_costs_and_times_are_shown(house: Any) -> None:
     assert shown["at the last epoch"] == [("", ""), ("", ""), ("93.0 %", "")]
     assert shown["parameters"] == [("1,000", ""), ("100", "10.0 x fewer"), ("100", "10.0 x fewer")]
     assert shown["size"][2] == ("400 B", "10.0 x smaller")
+    assert "time for 1, one thread" not in shown  # it is that already
     assert shown["time for 1, in ms"][2] == ("1.00 / 2.00", "10.0 x faster")
     assert shown["training time"] == [("1 min 30 s", ""), ("", ""), ("30.0 s", "25 % in teacher")]
     assert shown["gap closed"] == [("", ""), ("", ""), ("83 %", "")]
@@ -390,3 +392,25 @@ def test_real_digits_from_end_to_end(digits: attar.data.Splits) -> None:
     assert 0 < found.models["distilled"].gap_closed < 1
     assert found.models["teacher"].primary.value > 0.9
     assert len(found.to_json()["class_table"]["rows"]) == 10
+
+
+def test_times_of_one_thread_have_rows_of_their_own(house: Any) -> None:
+    alone = {"1": {"p50_ms": 3.0, "p95_ms": 4.0}, "64": {"p50_ms": 5.0, "p95_ms": 6.0}}
+    slow = {size: {key: 2 * ms for key, ms in taken.items()} for size, taken in alone.items()}
+    found = judge(
+        house.task,
+        teacher=house.said(TEACHER),
+        distilled=[house.said(BETTER)],
+        costs={
+            "teacher": replace(price(1000), threads=2, one_thread=slow),
+            "distilled": replace(price(100), threads=2, one_thread=alone),
+        },
+    )
+    assert found.models["distilled"].ratios["one_thread_64"] == 2.0
+    shown = {
+        row["label"]: [(cell["text"], cell["note"]) for cell in row["cells"]]
+        for section in found.to_json()["table"]["sections"]
+        for row in section["rows"]
+    }
+    assert shown["time for 1, one thread"][-1] == ("3.00 / 4.00", "2.0 x faster")
+    assert shown["time for 64, one thread"][-1] == ("5.00 / 6.00", "2.0 x faster")

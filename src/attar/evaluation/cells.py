@@ -201,22 +201,26 @@ def _costs(verdict: Verdict) -> list[Row]:
         _row(verdict, "parameters", "", counted("parameters", _whole, "fewer", "more")),
         _row(verdict, "multiply-adds", "for one example", counted("macs", scaled, "fewer", "more")),
         _row(verdict, "size", "of the weights", counted("bytes", size, "smaller", "larger")),
-        _row(verdict, "time for 1, in ms", "median / 95 % of passes", _latency("1")),
-        _row(verdict, "time for 64, in ms", "median / 95 % of passes", _latency("64")),
+        *_latencies(verdict, "latency", "in ms", "median / 95 % of passes"),
+        *_latencies(verdict, "one_thread", "one thread", "the same without the others"),
         _memory(verdict),
         _training(verdict),
     ]
 
 
-def _latency(batch: str) -> Callable[[ModelReport], Cell | None]:
-    def make(model: ModelReport) -> Cell | None:
-        if model.cost is None:
-            return None
-        taken = model.cost.latency[batch]
-        text = f"{_ms(taken['p50_ms'])} / {_ms(taken['p95_ms'])}"
-        return cell(text, _times(model, f"latency_{batch}", "faster", "slower"))
+def _latencies(verdict: Verdict, kind: str, label: str, hint: str) -> list[Row]:
+    """Times of both batch sizes; empty cells where they were not measured."""
 
-    return make
+    def of(batch: str) -> Callable[[ModelReport], Cell | None]:
+        def make(model: ModelReport) -> Cell | None:
+            if model.cost is None or (taken := getattr(model.cost, kind).get(batch)) is None:
+                return None
+            text = f"{_ms(taken['p50_ms'])} / {_ms(taken['p95_ms'])}"
+            return cell(text, _times(model, f"{kind}_{batch}", "faster", "slower"))
+
+        return make
+
+    return [_row(verdict, f"time for {n}, {label}", hint, of(n)) for n in ("1", "64")]
 
 
 def _memory(verdict: Verdict) -> Row:

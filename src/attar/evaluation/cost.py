@@ -41,6 +41,8 @@ class Cost:
         peak_bytes: the most memory that a forward pass holds beyond the weights and the batch, by
             batch size; empty where it was not measured.
         throughput: examples a second by batch size: the batch over the median time.
+        one_thread: ``latency`` on one CPU thread; empty where it is that already, or was not
+            measured.
     """
 
     parameters: int
@@ -51,6 +53,7 @@ class Cost:
     device: str
     peak_bytes: dict[str, int] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)
+    one_thread: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for size, taken in self.latency.items():
@@ -67,9 +70,12 @@ def cost(
     *,
     device: str | torch.device = "auto",
     file: str | Path | None = None,
+    one_thread: bool = True,
 ) -> Cost:
     """Measure what *model* costs on *inputs*: ``costs`` of one model."""
-    return costs({"model": model}, inputs, device=device, files={"model": file})["model"]
+    files = {"model": file}
+    found = costs({"model": model}, inputs, device=device, files=files, one_thread=one_thread)
+    return found["model"]
 
 
 def costs(
@@ -78,6 +84,7 @@ def costs(
     *,
     device: str | torch.device = "auto",
     files: Mapping[str, str | Path | None] | None = None,
+    one_thread: bool = True,
 ) -> dict[str, Cost]:
     """Measure what each model costs on *inputs*.
 
@@ -90,6 +97,7 @@ def costs(
     Args:
         inputs: at least one example [n, ...]; repeated to fill a batch.
         files: the weights on disk by name, for their true size.
+        one_thread: where torch uses several CPU threads, measure latency with one too.
 
     Raises:
         UsageError: there is no example in *inputs*.
@@ -107,6 +115,10 @@ def costs(
             for name, model in models.items()
         }
         taken = {str(size): _latencies(models, batch, place) for size, batch in batches.items()}
+        alone: dict[str, dict[str, dict[str, float]]] = {}
+        if one_thread and place.type == "cpu" and torch.get_num_threads() > 1:
+            with _one_thread():
+                alone = {str(n): _latencies(models, batch, place) for n, batch in batches.items()}
     return {
         name: Cost(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -116,9 +128,20 @@ def costs(
             threads=torch.get_num_threads(),
             device=_device_name(place),
             peak_bytes=peaks[name],
+            one_thread={size: found[name] for size, found in alone.items()},
         )
         for name, model in models.items()
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _filled(inputs: Tensor, size: int) -> Tensor:

@@ -191,7 +191,7 @@ def _ratios(teacher: Cost | None, model: Cost | None) -> dict[str, float] | None
     if teacher is None or model is None:
         return None
     one, two = _sizes(teacher), _sizes(model)
-    return {name: one[name] / two[name] if two[name] else 0.0 for name in one}
+    return {name: one[name] / two[name] if two[name] else 0.0 for name in one if name in two}
 
 
 def _sizes(found: Cost) -> dict[str, float]:
@@ -200,7 +200,11 @@ def _sizes(found: Cost) -> dict[str, float]:
         "macs": found.macs,
         "bytes": found.bytes,
     }
-    return sizes | {f"latency_{batch}": p["p50_ms"] for batch, p in found.latency.items()}
+    times = {"latency": found.latency, "one_thread": found.one_thread}
+    medians = {
+        f"{kind}_{batch}": p["p50_ms"] for kind, each in times.items() for batch, p in each.items()
+    }
+    return sizes | medians
 
 
 def _outcome(difference: Difference | None, higher_is_better: bool) -> Outcome:

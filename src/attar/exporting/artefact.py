@@ -206,5 +206,5 @@ def latency(run: Run, examples: tuple[Tensor, ...]) -> tuple[dict[str, dict[str,
     """Milliseconds by batch size, measured as ``attar.evaluation.cost`` does, and the threads."""
     several = len(examples) > 1
     given = torch.stack(examples, 1) if several else examples[0]
-    measured = cost(Runner(run, several), given, device="cpu")
+    measured = cost(Runner(run, several), given, device="cpu", one_thread=False)
     return measured.latency, measured.threads
