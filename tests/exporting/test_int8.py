@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attar
 from attar.exporting import check_export, export
 from attar.exporting.artefact import likeness, lost
-from attar.runtime import DataError, UsageError
+from attar.runtime import DataError, PreflightError, UsageError
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -323,7 +323,10 @@ def test_a_layer_that_is_skipped_stays_float(tmp_path):
             {"formats": ["onnx_int8"], "calibration": torch.zeros(())},
             "calibration must be a tensor",
         ),
-        ({"formats": ["onnx"], "drop": 0.1}, "drop needs test and task"),
+        (
+            {"formats": ["onnx_int8"], "calibration": IMAGES, "drop": 0.1},
+            "drop needs test and task",
+        ),
         ({"formats": ["onnx-int8"]}, "there is no format 'onnx-int8'; did you mean 'onnx_int8'"),
         (
             {"formats": ["onnx_int8"], "calibration": IMAGES, "skip": ["nowhere"]},
@@ -343,6 +346,8 @@ def test_a_budget_needs_the_format_and_a_number(digits, tmp_path):
         make(formats=["onnx"], drop=0.1)
     with pytest.raises(UsageError, match="drop is a number from 0 on"):
         make(formats=["onnx_int8"], calibration=IMAGES, drop=-1)
+    with pytest.raises(UsageError, match="and accuracy is at most 1: a file could lose all"):
+        make(formats=["onnx_int8"], calibration=IMAGES, drop=1.5)
 
 
 @pytest.mark.parametrize(
@@ -433,3 +438,17 @@ def test_a_recipe_calibrates_on_training_rows_and_tells_what_was_lost(drop, tmp_
     assert len(rows) > 200
     assert rows <= ours
     assert len(rows & theirs) < len(rows) / 10
+
+
+@pytest.mark.parametrize(
+    ("formats", "drop", "said"),
+    [
+        ("onnx", "0.1", "drop is what the format onnx_int8 may lose; add it to formats"),
+        ("onnx_int8", "1.5", "drop is 1.5, and accuracy is at most 1"),
+    ],
+)
+def test_a_budget_that_nothing_is_judged_by_is_found_before_training(formats, drop, said, tmp_path):
+    recipe = RECIPE.replace("safetensors, onnx_int8", formats).replace("DROP", drop)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(PreflightError, match=said):
+        attar.check(tmp_path / "recipe.yaml")

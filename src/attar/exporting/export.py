@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attar.data import Source
+from attar.evaluation.numbers import is_share
 from attar.evaluation.rows import evaluating
 from attar.exporting.artefact import Artefact, Run, largest_difference, latency, likeness, lost
 from attar.exporting.card import LICENCES, Card, card_text, check_card
@@ -116,7 +117,8 @@ def export(
     target = Path(folder)
     _check_formats(formats, module)
     check_int8(formats, module, calibration is not None)
-    _check_drop(drop, test, formats, task)
+    _check_drop(drop, formats, task)
+    _check_test(drop, test, task)
     check_card(told, licences)
     examples = examples_of(example)
     ranges = None if calibration is None else examples_of(calibration, "calibration")
@@ -152,17 +154,19 @@ def check_export(
     formats: Sequence[Format],
     task: Task | None = None,
     skip: Sequence[str] = (),
+    drop: Drop | None = None,
 ) -> None:
     """Refuse what `export` would refuse, before the module is trained; nothing is written.
 
     Args:
-        module, example, formats, task, skip: as in ``export``; the weights may be random.
+        module, example, formats, task, skip, drop: as in ``export``; the weights may be random.
 
     Raises:
-        UsageError: an unknown format, a missing library, or a module that cannot be said in a
-            format.
+        UsageError: an unknown format, a missing library, a drop that nothing is judged by, or a
+            module that cannot be said in a format.
     """
     _check_formats(formats, module)
+    _check_drop(drop, formats, task)
     check_int8(formats, module, calibrated=True)
     examples = examples_of(example)
     with evaluating(module, torch.device("cpu")):
@@ -194,16 +198,26 @@ def _check_formats(formats: Sequence[str], module: nn.Module) -> None:
         check_onnx(module)
 
 
-def _check_drop(drop: Any, test: Any, formats: Sequence[str], task: Task | None) -> None:
+def _check_test(drop: Any, test: Any, task: Task | None) -> None:
     if (drop is not None and test is None) or (test is not None and task is None):
         raise UsageError(
             "drop needs test and task: how much the int8 file may lose, on which examples, and by "
             "whose metric"
         )
-    if drop is not None and FORMAT not in formats:
+
+
+def _check_drop(drop: Any, formats: Sequence[str], task: Task | None) -> None:
+    if drop is None:
+        return
+    if FORMAT not in formats:
         raise UsageError(f"drop is what the format {FORMAT} may lose; add it to formats")
-    if drop is not None and not (type(drop) in (int, float) and 0 <= drop < float("inf")):
+    if not (type(drop) in (int, float) and 0 <= drop < float("inf")):
         raise UsageError(f"drop is a number from 0 on, such as 0.01, not {drop!r}")
+    if task is not None and is_share(task.metric) and drop >= 1:
+        raise UsageError(
+            f"drop is {drop:g}, and {task.metric} is at most 1: a file could lose all of it; give a "
+            "share such as 0.01"
+        )
 
 
 def _as_kept(module: nn.Module) -> nn.Module:

@@ -45,6 +45,7 @@ def check_stage(job: Job, student: nn.Module) -> dict[str, Any]:
         formats=formats,
         task=job.task,
         skip=options.get("skip", ()),
+        drop=options.get("drop"),
     )
     return {"formats": list(formats), "folder": FOLDER, "examples": min(MOST, len(job.test))}
 
