@@ -331,6 +331,28 @@ def test_a_student_that_was_tried_is_not_trained_again(
             first = found.trials[trial.same_as]
             assert (trial.score, trial.cost) == (first.score, first.cost)
     assert sum(trial.same_as is None for trial in found.trials) == 2
+    assert "3 of the same values again" in found.headline
+
+
+def test_where_students_can_be_counted_a_repetition_is_none_of_the_trials(
+    write: Write, tmp_path: Path
+) -> None:
+    space = Space({"student.widths.0": [1, 2, 3], "stages.0.epochs": Range(1, 2)})
+    (study,) = studies(write, tmp_path, "one")
+    study._sampler = "random"
+    tried: list[tuple[int, int]] = []
+
+    def objective(trial: Any) -> float:
+        tried.append(tuple(space.suggested(trial).values()))  # type: ignore[arg-type]
+        return 1.0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while study.next(space, 5, objective):
+            pass
+    assert len(set(tried)) == 5 < len(tried)
+    repeated = [number for number, one in enumerate(tried) if one in tried[:number]]
+    assert all(tried[number + 1] not in tried[: number + 1] for number in repeated)
 
 
 # ---------------------------------------------------------------- going on

@@ -30,6 +30,7 @@ from attar.recipes.search_trials import (
     share,
     told_cost,
     tried,
+    tried_once,
     winner_of,
 )
 from attar.recipes.told import described, environment
@@ -149,13 +150,15 @@ def search(
         blind = replace(job, parts=replace(job.parts, test=job.parts.validation))
         open_study = partial(Study, place, loaded, plan, _aims(loaded, job))
         url = storage or plan.storage
-        study = None if url is None else open_study(url)  # refused before there is a folder
-        _check_space(document, space, plugins, blind)
+        study = None if url is None and not resume else open_study(url)
+        if study is not None:  # what is refused is so before anything is tried
+            _check_unfinished(study, space, count)
+        say(f"data       {described(job)}")
+        say(f"space      {words.space(space, count)}")
+        if study is None or not study.trials():
+            _check_space(document, space, plugins, blind)
         with begun(ranks, place, own, plans, resume=resume) as home:
-            say(f"data       {described(job)}")
-            say(f"space      {words.space(space, count)}")
             study = study or open_study(None)
-            _check_unfinished(study, count)
             desk = Desk(blind, home, place, ranks, resume, tuple(allow), say, progress)
             desk, taught = teach(desk)
             aim = float(desk.job.task.primary(taught.rows[0])) if taught.rows else None
@@ -255,9 +258,9 @@ def _facts(job: Job) -> dict[str, str]:
     return {name: str(value) for name, value in told.items()}
 
 
-def _check_unfinished(study: Study, count: int) -> None:
-    claim = study.claimed()
-    if claim is not None and count > len(study.trials()):
+def _check_unfinished(study: Study, space: Space, count: int) -> None:
+    claim, trials = study.claimed(), study.trials()
+    if claim is not None and count > len(trials if space.size is None else tried_once(trials)):
         raise PreflightError(
             f"this search is done: the test split was asked about its winner, trial "
             f"{claim['trial']}, and a second winner would be one too many; for more trials start a "

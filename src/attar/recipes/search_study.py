@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,6 +196,9 @@ class Study:
     def next(self, space: Space, count: int, objective: Callable[[Any], Any]) -> bool:
         """Do one more trial; False where *count* are done or under way.
 
+        Where a space can be counted, so are its students, each once: who proposes may name one
+        again, and two machines may take the same. After a repetition an untried one is drawn.
+
         Args:
             objective: as Optuna has it; of an ``optuna.Trial``.
         """
@@ -207,10 +210,11 @@ class Study:
             self._again()
             there = self._study.get_trials(deepcopy=False)
             own = [trial for trial in there if trial.state in begun]
-            # Two machines may take the same place of a grid; it then counts once.
-            places = {json.dumps(trial.params, sort_keys=True) for trial in own}
-            if (len(places) if whole else len(own)) >= count:
+            places = [_place(trial.params) for trial in own]
+            if (len(own) if space.size is None else len({*places})) >= count:
                 return False
+            if not whole and space.size is not None and places and places[-1] in places[:-1]:
+                self._study.enqueue_trial(_untried(space, {*places}, self._seed + len(there)))
             worker = int(self._token[:8], 16) if self._shared else 0
             seed = (self._seed * 1_000_003 + worker + len(there)) % 2**32
             self._study.sampler = (
@@ -413,6 +417,18 @@ def _below_the_goal(warm_up: int) -> Any:
             return _best(trial.intermediate_values, step) > least
 
     return Below()
+
+
+def _place(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def _untried(space: Space, places: Collection[str], seed: int) -> dict[str, Any]:
+    """The values of a student that is none of *places*; there must be one."""
+    draw, axes = random.Random(seed), space.grid()
+    while _place(found := {path: draw.choice(values) for path, values in axes.items()}) in places:
+        pass
+    return found
 
 
 def _best(values: Mapping[int, float], step: int) -> float:

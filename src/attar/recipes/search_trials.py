@@ -163,6 +163,11 @@ def epochs_of(loaded: Loaded) -> int:
     return sum(options.get("epochs", default) for options in stages)
 
 
+def tried_once(trials: Sequence[Trial]) -> list[Trial]:
+    """Without those that were as an earlier one."""
+    return [trial for trial in trials if trial.same_as is None]
+
+
 def winner_of(
     trials: Sequence[Trial], *, goal: bool, higher_is_better: bool = True
 ) -> Trial | None:

@@ -12,7 +12,7 @@ from attar.evaluation.numbers import count, is_share, percent, show, title
 from attar.evaluation.wording import amount
 from attar.recipes.recipe import Goal
 from attar.recipes.search_space import Space
-from attar.recipes.search_trials import Trial
+from attar.recipes.search_trials import Trial, tried_once
 from attar.reporting.svg import unit
 
 FORMAT = "attar-search/1"
@@ -98,7 +98,10 @@ def unlike(metric: str, then: float, now: float) -> str:
 
 def headline(metric: str, trials: Sequence[Trial]) -> str:
     """All trials in a line."""
-    told = [f"{len(found)} {word}" for word, found in _by_state(trials) if found]
+    once = tried_once(trials)
+    told = [f"{len(found)} {word}" for word, found in _by_state(once) if found]
+    if again := len(trials) - len(once):
+        told.append(f"{again} of the same values again")
     done = [each for each in trials if each.finished]
     line = f"{count(len(trials), 'trial')}: {', '.join(told)}" if trials else "No trial is done yet"
     if not done:
@@ -132,14 +135,15 @@ def goal_line(
     wanted = _wanted(goal)
     if winner is not None:
         line = (
-            f"SMALLEST of {len(trials)} that {wanted} on the validation examples: {_said(winner)}"
+            f"SMALLEST of {len(tried_once(trials))} that {wanted} on the validation examples: "
+            f"{_said(winner)}"
         )
         end = "" if verdict is None else f". On the test examples: {verdict.goal_line}"
         return line + end
     if closest is not None:
         return (
-            f"MISSED, none of {len(trials)} {wanted} on the validation examples; closest is "
-            f"{_said(closest)}"
+            f"MISSED, none of {len(tried_once(trials))} {wanted} on the validation examples; "
+            f"closest is {_said(closest)}"
         )
     return None
 
