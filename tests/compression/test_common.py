@@ -14,6 +14,7 @@ import attar
 from attar import compression
 from attar.compression.common import applied, spread
 from attar.data import TensorSource
+from attar.runtime import UsageError
 
 VERBS = ["factorize", "prune", "shrink", "sparsify"]
 
@@ -39,10 +40,49 @@ def test_a_verb_takes_what_its_plan_takes_by_place_and_by_name() -> None:
     halve, model = applied(plan_halve), nn.Linear(2, 2)
     for made in (halve(model, 0.5), halve(share=0.5, model=model)):
         assert made.given == {"model": model, "share": 0.5, "how": "x", "applied": model}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'hwo'"):
+    with pytest.raises(UsageError, match=r"^halve: there is no hwo=; did you mean 'how'\?$"):
         halve(model, 0.5, hwo="y")  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="missing a required argument: 'model'"):
+    with pytest.raises(UsageError, match=r"^halve: model is missing; call halve\(model, share\)$"):
         halve(share=0.5)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^halve: too many positional arguments$"):
+        halve(model, 0.5, "y")  # type: ignore[call-arg]
+
+
+def test_what_a_verb_needs_and_was_not_given_is_named_with_the_call_that_has_it() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"example is missing.*prune\(model, example, ratio=\.\."):
+        attar.prune(model, ratio=0.5)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^prune: example and ratio are missing"):
+        attar.prune(model)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^shrink: teacher is missing"):
+        attar.shrink(width=0.5)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="factorize: there is no ranks=; did you mean 'rank'"):
+        attar.factorize(model, ranks=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["prune", "factorize", "sparsify"])
+@pytest.mark.parametrize("mode", ["learn", "weights"])
+def test_what_was_quantised_is_not_changed_any_more(name: str, mode: Any) -> None:
+    if name == "prune":
+        pytest.importorskip("torch_pruning")
+    inputs = torch.rand(4, 6)
+    model = attar.models.build("mlp", shape=(6,), outputs=3, widths=[8, 8])
+    model = attar.quantize(model, inputs, mode=mode)
+    given: dict[str, Any] = {
+        "prune": {"example": inputs, "ratio": 0.5}, "factorize": {"rank": 2},
+        "sparsify": {"amount": 0.5},
+    }[name]  # fmt: skip
+    said = f"{name}: the model is quantised, .*; {name} comes before quantize"
+    with pytest.raises(UsageError, match=said):
+        getattr(attar, name)(model, **given)
+
+
+def test_a_model_whose_layers_changed_is_not_built_narrower() -> None:
+    model = attar.models.build("mlp", shape=(6,), outputs=3, widths=[8, 8])
+    with pytest.raises(UsageError, match="shrink comes before prune, factorize and quantize"):
+        attar.shrink(attar.factorize(model, rank=2), width=0.5)
+    with pytest.raises(UsageError, match=r"shrink: the model has masks.*merged\(model\)"):
+        attar.shrink(attar.sparsify(model, amount=0.5), width=0.5)
 
 
 def test_types_are_objects_that_need_no_names_of_the_plans_module() -> None:

@@ -114,6 +114,51 @@ def test_every_tensor_left_is_a_cut_of_the_one_it_was(family):
     assert changed > 10
 
 
+RATIOS = (0.6, 0.85, 0.95, 0.999)
+
+
+def widths(model: nn.Module) -> list[int]:
+    """How many channels and features each layer makes, but for the head."""
+    kinds = (nn.Linear, nn.Conv2d)
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
+    return [part.weight.shape[0] for name, part in parts if not name.startswith("head")]
+
+
+@pytest.mark.parametrize("among", ["layer", "model"])
+@pytest.mark.parametrize("round_to", [None, 4])
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "vit", "mlp"])
+def test_a_higher_ratio_never_leaves_more(family, round_to, among):
+    model = net(family, **({"depth": 8, "width": 8} if family == "resnet" else {}))
+    options = {"among": among, "round_to": round_to}
+    made = [attar.prune(model, INPUTS, ratio=ratio, **options) for ratio in RATIOS]
+    counts = [count(each) for each in made]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < 0.15 * count(model)
+    left = widths(made[-1])
+    if family == "vit":  # the vector of a head stays as wide as it was
+        heads = [part.heads for part in made[-1].modules() if hasattr(part, "heads")]
+        assert heads
+        assert set(heads) == {1}
+        left = [wide for wide in left if wide != 3 * 16]
+    assert set(left) == {round_to or 1}
+
+
+def test_what_stays_of_a_layer_that_would_lose_all_is_the_most_important():
+    model = net(width=8)
+    path = "stage1.0.conv1"
+    model.get_submodule(path).conv.weight.data[5] *= 100
+    plan = plan_prune(model, INPUTS, ratio=0.99, layers=[path])
+    chosen = plan.tensors[f"{path}.conv.weight"][0]
+    assert chosen is not None
+    assert plan.kept[chosen] == (5,)
+
+
+def test_a_layer_narrower_than_round_to_keeps_all_of_it():
+    made = attar.prune(net(width=8), INPUTS, ratio=0.9, round_to=16)
+    assert widths(made)[0] == 8
+    assert set(widths(made)) == {8, 16}
+
+
 def silenced(model: nn.Module, gone: dict[str, list[int]]) -> nn.Module:
     """*model* with channels that say nothing and hear nothing."""
     made = copy.deepcopy(model)
@@ -323,7 +368,13 @@ def unmasked() -> nn.Module:
         (net, {"ratio": 0.5, "importance": "size"}, "not 'size'"),
         (net, {"ratio": 0.5, "among": "all"}, "not 'all'"),
         (net, {"ratio": 0.5, "importance": "taylor"}, "loss of a task"),
-        (net, {"ratio": 0.001, "round_to": 16, "layers": ["stem"]}, "nothing would become smaller"),
+        (net, {"ratio": 0.5, "layers": ["stem"]}, "nothing .* smaller: .*added to or multiplied"),
+        (net, {"ratio": 0.5, "round_to": 512}, "64 channels at most, and 512 stay; lower round_to"),
+        (
+            lambda: net("vit"),
+            {"ratio": 0.2, "layers": ["*.qkv"]},
+            r"whole heads go, and 0\.2 of 4 is less than one; give a ratio of 0\.25 or more",
+        ),
         (net, {"ratio": 0.5, "layers": ["stpe1"]}, "no 'stpe1'"),
         (net, {"ratio": 0.5, "skip": []}, "."),
         (unmasked, {"ratio": 0.5}, r"has masks.*merged\(model\)"),

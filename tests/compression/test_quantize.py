@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 import attar
 from attar.compression import Quantization, plan_quantize
+from attar.compression.common import count
 from attar.compression.quantize import folded
-from attar.models import build, load, save
+from attar.models import build, load, merged, save
 from attar.models.quantized import (
     Frozen,
     Learning,
     Small,
     Span,
     packed,
+    parameters_of,
     rounded,
     scales,
     unpacked,
     whole,
 )
+from attar.models.record import read_record
 from attar.runtime import UsageError
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -423,12 +426,93 @@ def test_a_model_is_quantised_once():
         attar.quantize(learning, IMAGES)
     with pytest.raises(UsageError, match="leave bits, layers and skip out"):
         attar.quantize(learning, mode="freeze", skip=["head"])
-    with pytest.raises(UsageError, match="masks on its weights"):
-        attar.quantize(attar.sparsify(net(), amount=0.5), IMAGES)
     broken = net()
     broken.head.weight.data[0, 0] = torch.inf
     with pytest.raises(UsageError, match="the weight of 'head' holds NaN or infinity"):
         attar.quantize(broken, IMAGES)
+
+
+def zeros_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Which numbers of each convolution and linear layer but the head are zero."""
+    parts = merged(model).named_modules()
+    return {
+        path: (part.weight == 0)
+        for path, part in parts
+        if isinstance(getattr(part, "weight", None), torch.Tensor)
+        and part.weight.ndim > 1
+        and path != "head"
+    }
+
+
+def test_zeros_stay_while_it_learns_and_when_it_is_frozen(digits, tmp_path):
+    train, _ = digits
+    model = build("resnet", data=train, width=4)
+    sparse = attar.sparsify(model, amount=0.6)
+    before = zeros_of(sparse)
+    images = train.rows(torch.arange(64))["inputs"]
+    student = attar.quantize(sparse, images, layers=["*", "!stage3"])
+    start = zeros_of(student)
+    assert start.keys() == before.keys()
+    assert all(bool((start[path] >= before[path]).all()) for path in before)
+    student = attar.train(
+        student, train, TASK, epochs=1, optimizer=partial(attar.training.adamw, lr=0.01)
+    )
+    frozen_ = attar.quantize(student, mode="freeze")
+    for made in (student, frozen_):
+        after = zeros_of(made)
+        assert all(bool((after[path] >= before[path]).all()) for path in before)
+    weight = frozen_.get_submodule("stage2.0.conv1.conv").weight
+    assert weight.dtype == torch.int8
+    assert 0.2 < float(before["stage2.0.conv1.conv"].float().mean()) < 0.8
+    save(frozen_.eval(), tmp_path)
+    assert torch.equal(load(tmp_path)(images), merged(frozen_)(images))
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("weights", 8), ("weights", 4), ("dynamic", 8)])
+def test_zeros_stay_in_whole_numbers_of_linear_layers(mode, bits):
+    sparse = attar.sparsify(net("mlp", widths=[32, 32]), amount=0.5)
+    made = attar.quantize(sparse, mode=mode, bits=bits, skip=["blocks.1"])
+    layer = made.get_submodule("blocks.0.linear")
+    numbers = layer.weight
+    if bits == 4:
+        numbers = unpacked(layer.weight, layer.weight_scale, layer.in_features)
+    kept = merged(sparse).get_submodule("blocks.0.linear").weight
+    assert int((kept == 0).sum()) > 100
+    assert bool((numbers[kept == 0] == 0).all())
+    left = made.get_submodule("blocks.1.linear")  # which stays float, and its zeros are kept
+    left.parametrizations.weight.original.data += 1
+    assert int((left.weight == 0).sum()) > 100
+
+
+@pytest.mark.parametrize("family", ["mlp", "resnet"])
+def test_layers_of_low_rank_get_their_grids_and_come_back(family, tmp_path):
+    low = attar.factorize(net(family), rank=0.5)
+    made = attar.quantize(attar.quantize(low, IMAGES), mode="freeze")
+    near = low(IMAGES).detach()
+    assert float((made(IMAGES) - near).detach().abs().max()) < 0.1 * float(near.abs().max())
+    save(made, tmp_path)
+    assert torch.equal(load(tmp_path)(IMAGES), made(IMAGES))
+
+
+@pytest.mark.parametrize("mode", ["learn", "freeze", "dynamic", "weights"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_numbers_are_as_many_parameters_as_floats(mode, bits, tmp_path):
+    if (mode, bits) == ("dynamic", 4):
+        bits = 8
+    model = build("mlp", shape=(65,), outputs=10, widths=[34])  # no multiple of what shares a scale
+    inputs = torch.rand(8, 65)
+    if mode == "freeze":
+        made = attar.quantize(attar.quantize(model, inputs, bits=bits), mode="freeze")
+    else:
+        made = attar.quantize(model, inputs, mode=mode, bits=bits)
+    expected = 65 * 34 + 34 + 34 * 10 + 10
+    assert parameters_of(model) == parameters_of(made) == expected
+    assert count(made) == expected
+    found = attar.evaluation.cost(made.eval(), inputs, device="cpu", one_thread=False)
+    assert found.parameters == expected
+    save(made, tmp_path)
+    assert read_record(tmp_path).parameters == expected
+    assert parameters_of(load(tmp_path)) == expected
 
 
 def test_a_layer_that_the_example_does_not_run_is_named():

@@ -559,3 +559,32 @@ def test_a_module_of_ones_own_is_told_what_to_do() -> None:
     with pytest.raises(UsageError, match="build the smaller one and call"):
         plan_shrink(nn.Linear(2, 2), depth=1)
     assert KINDS.keys() >= OF_TRANSFORMERS
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layers", "kept"),
+    [
+        ("resnet", {"depth": 20, "width": 4}, [0, 2], {"depth": 14}),
+        ("resnet", {"depth": 14, "width": 4}, [1], {"depth": 8}),
+        ("mobilenet", {"depth": 3, "width": 4}, [0, 2], {"depth": 2}),
+        ("vit", {"depth": 4, "width": 16}, [0, 3], {"depth": 2}),
+    ],
+)
+def test_a_list_of_layers_is_as_many_in_every_family(family, options, layers, kept):
+    model = attar.models.build(family, shape=(1, 8, 8), outputs=10, **options)
+    plan = plan_shrink(model, layers=layers)
+    assert plan.changes == kept
+    assert set(plan.inheritance.layers.values()) == {tuple(layers)}
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "said"),
+    [
+        ({"depth": 8}, [0, 99], "no layer 99; this resnet has layer 0 alone in each stage"),
+        ({"depth": 20}, [-1], "no layer -1; this resnet has layers 0 to 2 in each stage"),
+    ],
+)
+def test_a_layer_that_there_is_not_is_named(options, layers, said):
+    model = attar.models.build("resnet", shape=(1, 8, 8), outputs=10, **options)
+    with pytest.raises(UsageError, match=f"shrink: there is {said}"):
+        plan_shrink(model, layers=layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_type_hints
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy import stats
 
 from attar.data import DatasetSource, Draw, TensorSource, crop, cutmix, flip, mixup
+from attar.data.augment import spelled
 from attar.data.draw import augmented
 from attar.runtime import DataError, UsageError
 
@@ -265,3 +267,12 @@ def test_data_sets_are_augmented_alike() -> None:
     ids = torch.tensor([3, 0, 11])
     one, other = (augmented(s, ids, EVERYTHING, seed=0, view=0) for s in (tensors, items))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_augmentations_that_do_the_same_are_spelled_the_same() -> None:
+    assert spelled([crop]) == [{"name": "attar.data.augment.crop", "pixels": 2}]
+    assert (
+        spelled([crop]) == spelled([partial(crop, pixels=2)]) != spelled([partial(crop, pixels=3)])
+    )
+    assert spelled([flip]) == spelled([partial(flip)]) == ["attar.data.augment.flip"]
+    assert spelled([mixup, flip]) != spelled([flip, mixup])

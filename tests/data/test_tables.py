@@ -191,6 +191,12 @@ def test_a_regression_target_must_be_a_number(write, value: str) -> None:
         _both(write, "x,y\n1,2\n", f"x,y\n1,2\n3,{value}\n", target="y", regression=True)
 
 
+def test_a_text_column_as_a_regression_target_is_said_of_the_column(write) -> None:
+    text = "x,y\n1,no\n2,yes\n3,no\n4,5\n"
+    with pytest.raises(DataError, match=r"target 'y' holds text such as '\w+', '\w+', and regr"):
+        csv(train=write("a.csv", text), target="y", regression=True)
+
+
 def test_regression_needs_a_target(write) -> None:
     with pytest.raises(UsageError, match="regression needs a target"):
         csv(train=write("a.csv", "x\n1\n"), regression=True)

@@ -10,7 +10,7 @@ import attar
 from attar.data import TensorSource, crop, cutmix, mixup
 from attar.data.contents import contents
 from attar.data.draw import augmented, permutation
-from attar.runtime import UsageError
+from attar.runtime import PreflightError, UsageError
 
 
 @pytest.fixture
@@ -138,3 +138,12 @@ def test_a_stage_passes_views_and_blocks_on(images):
     attar.train(student, data, task, epochs=1, augment=[crop], views=2, shuffle_block=4)
     assert asked
     assert all(each == {"views": 2, "block": 4} for each in asked)
+
+
+def test_views_of_nothing_are_refused(images):
+    """All would be the same; one view of each example is no mistake."""
+    student = attar.models.build("mlp", data=images)
+    task = attar.tasks.ImageClassification()
+    with pytest.raises(PreflightError, match="views is 4, but nothing is augmented"):
+        attar.train(student, images, task, epochs=1, views=4)
+    attar.train(student, images, task, epochs=1, views=1)

@@ -266,6 +266,16 @@ def test_last_epoch_costs_and_times_are_shown(house: Any) -> None:
     assert json.loads(json.dumps(told, allow_nan=False)) == told
 
 
+def test_a_last_epoch_as_good_as_the_best_is_not_shown_twice(house: Any) -> None:
+    told = judge(
+        house.task, teacher=house.said(TEACHER), baseline=[house.said(BASELINE)],
+        distilled=[house.said(BETTER)], last=[house.said(BETTER)],
+    ).to_json()  # fmt: skip
+    labels = [row["label"] for section in told["table"]["sections"] for row in section["rows"]]
+    assert labels[0] == "accuracy"
+    assert "at the last epoch" not in labels
+
+
 def test_the_class_table(house: Any) -> None:
     labels = torch.tensor([0, 0, 0, 1])
     found = judge(

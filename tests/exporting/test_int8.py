@@ -452,3 +452,22 @@ def test_a_budget_that_nothing_is_judged_by_is_found_before_training(formats, dr
     (tmp_path / "recipe.yaml").write_text(recipe)
     with pytest.raises(PreflightError, match=said):
         attar.check(tmp_path / "recipe.yaml")
+
+
+def test_the_page_says_that_the_goal_is_not_about_the_file():
+    from attar.recipes.exports import notes
+
+    made = {
+        "format": "onnx_int8",
+        "path": "model.int8.onnx",
+        "bytes": 24_100,
+        "latency": {"1": {"p50_ms": 0.076, "p95_ms": 0.1}},
+    }
+    (plain,) = notes({"macs": 1.0}, [made, made | {"format": "safetensors"}])
+    assert plain == (
+        "model.int8.onnx has 24.1 kB and takes 0.076 ms for one example; the goal and the table "
+        "are about the student in PyTorch."
+    )
+    (missed,) = notes({"size_mb": 0.02, "latency_ms": 0.08}, [made])
+    assert missed == f"{plain} This file misses the goal of 20 kB."
+    assert notes({"size_mb": 0.0241}, [made]) == [plain]

@@ -188,3 +188,40 @@ def test_the_command_says_what_it_keeps(
     code, _, err = command("cache", "inspect", "nowhere")
     assert code == 65
     assert "nowhere: is no teacher's cache" in err
+
+
+VIEWED = (
+    "    label_weight",
+    "    augment: [{name: crop, pixels: 2}]\n    views: 2\n    label_weight",
+)
+
+
+@pytest.fixture
+def taught(write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe that loads its teacher, with something changed, as a function."""
+    monkeypatch.chdir(tmp_path)
+    run(write(), folder="runs/a", overrides=["stages.0.epochs=1"])
+    known = TEACHER, "teacher: {load: runs/a/teacher, cache: true}\n"
+    return lambda *change: load_recipe(write(*known, *change))
+
+
+def test_an_option_at_its_default_finds_the_same_answers(taught: Any) -> None:
+    made = cache_recipe(taught(*VIEWED))
+    assert cache_recipe(taught(*AUGMENTED)) == made
+    assert ask_again(made[0], taught(*AUGMENTED)).rows == 64
+    assert len(list(Path("runs/cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("pixels: 2", "pixels: 3", r"augment is .*'pixels': 3.*and was .*'pixels': 2"),
+        ("views: 2", "views: 3", "views is 3, and was 2"),
+        ("    augment: [{name: crop, pixels: 2}]\n    views: 2\n", "", r"augment is \[\], and was"),
+        ("    views: 2\n", "", r"augmented .crop.: every epoch has new pixels"),
+    ],
+)
+def test_verify_says_what_the_recipe_has(taught: Any, old: str, new: str, said: str) -> None:
+    (folder,) = cache_recipe(taught(*VIEWED))
+    with pytest.raises(PreflightError, match=said):
+        ask_again(folder, taught(VIEWED[0], VIEWED[1].replace(old, new)))

@@ -195,8 +195,27 @@ def test_the_preflight_tells_what_becomes_of_the_student(write: Write) -> None:
         ),
         (PRUNE, "no stage trains"),
         (DISTILL + "  - {do: prune, ratio: 0.5, example: 1}\n", "'example' is supplied"),
-        (DISTILL + "  - {do: prune, ratio: 0.5, layers: [nix]}\n", "prune: .*no 'nix'"),
-        (DISTILL + "  - {do: sparsify, amount: 0.5}\n" + PRUNE, "prune: the model has masks"),
+        (
+            DISTILL + "  - {do: prune, ratio: 0.5, layers: [nix]}\n",
+            r"^stage 1 \(prune\): the model has no 'nix'",
+        ),
+        (
+            DISTILL + "  - {do: sparsify, amount: 0.5}\n" + PRUNE,
+            r"^stage 2 \(prune\): the zeros .* put the sparsify stage after this one$",
+        ),
+        (
+            DISTILL + PRUNE + DISTILL + "  - {do: factorize}\n" + DISTILL,
+            r"^stage 3 \(factorize\): say how much is kept",
+        ),
+        (
+            DISTILL + "  - {do: quantize, mode: learn}\n" + DISTILL + PRUNE,
+            r"^stage 3 \(prune\): the model is quantised.* prune comes before quantize$",
+        ),
+        (
+            DISTILL + "  - {do: factorize, rank: 1.5}\n",
+            r"recipe.yaml:\d+:\d+: rank is 1.5: it must be a whole number from 1 on, or a share "
+            "above 0 and up to 1$",
+        ),
     ],
 )
 def test_an_order_that_makes_no_sense_is_refused(stages: str, message: str, write: Write) -> None:
@@ -204,8 +223,66 @@ def test_an_order_that_makes_no_sense_is_refused(stages: str, message: str, writ
         check(write(text=HEAD + stages))
 
 
+def test_a_student_that_cannot_be_made_is_told_with_its_verb(write: Write) -> None:
+    text = HEAD.replace("{name: mlp, widths: [32, 32]}", "{name: resnet, depth: 8, width: 8}")
+    told = "{name: shrink, layers: [0, 99]}"
+    text = text.replace("{name: mlp, widths: [24, 16]}", told)
+    said = (
+        r"^student \(shrink\): there is no layer 99; this resnet has layer 0 alone in each stage$"
+    )
+    with pytest.raises(PreflightError, match=said):
+        check(write(text=text + DISTILL))
+
+
+def test_a_sparse_student_is_quantised_and_its_zeros_are_in_the_file(
+    write: Write, tmp_path: Path
+) -> None:
+    sparse = "  - {do: sparsify, amount: 0.75, among: layer}\n"
+    whole = "  - {do: quantize, mode: learn}\n" + DISTILL + "  - {do: quantize, mode: freeze}\n"
+    run(write(text=HEAD + DISTILL + sparse + DISTILL + whole), folder=tmp_path / "run")
+    student: Any = attar.models.load(tmp_path / "run" / "student")
+    weights = [student.get_submodule(f"blocks.{n}.linear").weight for n in (0, 1)]
+    assert {weight.dtype for weight in weights} == {torch.int8}
+    assert all(float((weight == 0).float().mean()) >= 0.75 for weight in weights)
+    steps = kept(tmp_path / "run")["chain"]["steps"]
+    assert [step["cost"]["parameters"] for step in steps] == [2130] * 6
+    assert "notes" not in check(write(text=HEAD + DISTILL + sparse + DISTILL + whole))
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (PRUNE, ["prune (stage 1)"]),
+        ("  - {do: quantize, mode: weights, bits: 4}\n", []),
+        (PRUNE + DISTILL, []),
+        (
+            PRUNE + "  - {do: factorize, rank: 0.5}\n  - {do: quantize, mode: weights}\n",
+            ["prune (stage 1) and factorize (stage 2)"],
+        ),
+        (PRUNE + "  - {do: export}\n", ["prune (stage 1)"]),
+    ],
+    ids=["prune", "quantize", "trained", "several", "export"],
+)
+def test_a_change_that_nothing_is_trained_after_is_noted(
+    ending: str, said: list[str], write: Write
+) -> None:
+    notes = check(write(text=HEAD + DISTILL + ending)).get("notes", [])
+    assert notes == [
+        f"Nothing is trained after {each}: what it cost stays lost; put a distill stage after it."
+        for each in said
+    ]
+
+
+def test_the_page_says_that_nothing_is_trained_after_the_last_change(
+    write: Write, tmp_path: Path
+) -> None:
+    run(write(text=HEAD + DISTILL + PRUNE), folder=tmp_path / "run")
+    assert kept(tmp_path / "run")["notes"][0].startswith("Nothing is trained after prune (stage 1)")
+    assert "Nothing is trained after prune (stage 1)" in page(tmp_path / "run").read_text()
+
+
 def test_students_that_teach_each_other_are_not_changed(write: Write) -> None:
-    with pytest.raises(PreflightError, match="prune changes one student"):
+    with pytest.raises(PreflightError, match=r"^stage 1: prune changes one student"):
         check(write(text=HEAD + DISTILL + PRUNE + DISTILL), overrides=["teacher={mutual: 2}"])
 
 

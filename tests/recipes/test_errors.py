@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import attar
 from attar.recipes import load_recipe
 from attar.runtime import PreflightError, UsageError
 
@@ -110,11 +114,61 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
         ("seed=2001-99-99", "'2001-99-99' is no value"),
         ("seed=99999999999999999999", "less than"),
         ("stages=[]", "no stages"),
+        ("teachr.load=x", "no 'teachr' here; did you mean 'teacher'"),
+        ("search.trials=2", "'space' is missing here"),
+        (
+            "stages.0.optimizer.lr=0.1",
+            r"^override .*: expected a name of opt.*{name: NAME, lr: ...}",
+        ),
+        ("stages.0.terms=[kl_divergence]", r"not 'kl_divergence'; write {loss: kl_divergence}$"),
+        ("stages.0.terms=[3]", "keys and values, not 3$"),
     ],
 )
 def test_a_wrong_override_is_said(write: Callable[..., Path], override: str, says: str) -> None:
     with pytest.raises(PreflightError, match=says):
         load_recipe(write(), overrides=[override])
+
+
+def test_an_override_makes_the_tables_on_its_way(write: Callable[..., Path]) -> None:
+    told = load_recipe(write(), overrides=["goal.retain=0.9", "teacher.cache.dtype=float16"])
+    assert told.recipe.goal is not None
+    assert told.recipe.goal.retain == 0.9
+    assert told.full["teacher"]["cache"]["dtype"] == "float16"
+    assert load_recipe(
+        write("stages:", "goal:\nstages:"), overrides=["goal.retain=0.9"]
+    ).recipe.goal
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "more"), [(40, 0.1, "validation: 0.3"), (18, 0.3, "of the data")]
+)
+def test_a_right_teacher_that_few_rows_cannot_show_is_not_called_wrong(
+    rows: int, share: float, more: str
+) -> None:
+    """It has every one of them right; the interval of so few reaches below a constant answer."""
+    inputs = torch.linspace(-1, 1, rows)[
+        torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    ]
+    labels = (inputs > 0).long()
+    teacher = nn.Linear(1, 2)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.tensor([[-9.0], [9.0]]))
+        teacher.bias.zero_()
+    recipe = attar.Recipe(
+        task=attar.tasks.TabularClassification(classes=2),
+        data=attar.data.tensors(inputs[:, None], labels, inputs[:, None], labels),
+        teacher=teacher,
+        student=lambda: nn.Linear(1, 2),
+        stages=[partial(attar.distill, terms=[attar.Term(attar.losses.kl_divergence)], epochs=1)],
+        validation=share,
+    )
+    with pytest.raises(PreflightError) as told:
+        attar.check(recipe)
+    said = str(told.value)
+    assert said.startswith(f"{round(share * rows)} validation rows are too few to tell")
+    assert "accuracy on them is 1 [" in said
+    assert more in said
+    assert "train" not in said
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first_anchor(tmp_path: Path) -> None:

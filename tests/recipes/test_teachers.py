@@ -461,7 +461,7 @@ def test_check_shows_a_teacher_that_follows(
     print_plan(check(staged(write, STAGES + STAGE, FOLLOWS)))
     told = capsys.readouterr().out
     assert "teacher     the student's own moving average, momentum 0.9" in told
-    assert "times smaller" not in told
+    assert "ratio" not in told
 
 
 def test_a_killed_run_with_a_teacher_that_follows_is_the_run_that_was_not(

@@ -93,6 +93,14 @@ def test_equal_costs_stand_beside_each_other(verdict: Made) -> None:
     drawing = figures.against_cost(verdict(), "latency")
     places = {dot["cx"] for dot in parts(drawing, "circle", "dot")}
     assert len(places) == 3
+    assert drawing.caption.endswith("Dots of (nearly) equal latency are moved apart.")
+
+
+def test_dots_that_are_apart_are_where_they_belong(verdict: Made) -> None:
+    told = verdict()
+    for name, size in (("teacher", 4_000_000), ("distilled", 40_000)):
+        told["models"][name]["cost"]["bytes"] = size
+    assert "moved" not in figures.against_cost(told, "size").caption
 
 
 def test_a_cost_that_was_not_measured_is_not_drawn(verdict: Made) -> None:

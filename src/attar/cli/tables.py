@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attar.evaluation.cells import size
 from attar.recipes import SUPPLIED, rooms
 from attar.recipes.resolve import shown, spelt
 from attar.recipes.rooms import SAID
 from attar.runtime import UsageError, suggest
 
 console = Console(highlight=False, soft_wrap=False)
+POINTS = " points"
 
 
 def print_verdict(verdict: Any, *, whole: bool) -> None:
@@ -47,19 +50,21 @@ def print_verdicts(verdicts: Any, *, whole: bool) -> None:
 
 
 def print_chain(chain: dict[str, Any] | None) -> None:
-    """A row for each stage of a chain; nothing where there is none."""
-    from rich.text import Text
-
+    """A row for each stage of a chain, in 80 columns; nothing where there is none."""
     if not chain:
         return
     made = Table(box=None, header_style="", padding=(0, 2, 0, 0))
     stage, metric, *costs = chain["table"]["columns"]
     kept = [costs.index(each) for each in ("parameters", "size", "1 example, ms")]
-    for head in (stage, metric, "change", *(costs[place] for place in kept)):
+    in_points = any(each[1]["note"].endswith(POINTS) for each in chain["table"]["rows"])
+    change = "change, points" if in_points else "change"  # in each row it would not fit
+    for head in (stage, metric, change, *(costs[place] for place in kept)):
         first = head == stage
-        made.add_column(head, justify="left" if first else "right", no_wrap=first)
+        lines = "\n".join(wrap(head, 10, break_long_words=False))
+        made.add_column(Text(lines), justify="left" if first else "right", no_wrap=first)
     for name, score, *rest in chain["table"]["rows"]:
-        texts = [name["text"], score["text"], score["note"], *(rest[p]["text"] for p in kept)]
+        told = score["note"].removesuffix(POINTS)
+        texts = [name["text"], score["text"], told, *(rest[p]["text"] for p in kept)]
         made.add_row(*(Text(each or "-") for each in texts))
     console.print(made)
 
@@ -75,7 +80,7 @@ def print_exports(exports: Sequence[dict[str, Any]]) -> None:
     for each in exports:
         taken = [each["latency"][batch] for batch in ("1", "64")]
         times = [f"{time['p50_ms']:.3g} / {time['p95_ms']:.3g}" for time in taken]
-        made.add_row(each["path"], _bytes(each["bytes"]), *times, f"{each['difference']:.1g}")
+        made.add_row(each["path"], size(each["bytes"]), *times, f"{each['difference']:.1g}")
     console.print(made)
     console.print(
         f"times: median / 95 % of passes, {threads}; difference: the largest of any output to "
@@ -115,9 +120,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
         lines += [(f"  member {index}", _size(each)) for index, each in enumerate(members)]
     if "parameters" in plan["teacher"]:
         last = plan.get("result", plan["student"])
-        ratio = plan["teacher"]["parameters"] / max(last["parameters"], 1)
-        of = " in the end" if "result" in plan else ""
-        lines.append(("ratio", f"the student is {ratio:.1f} times smaller{of}"))
+        lines += _ratio(plan["teacher"]["parameters"], last["parameters"], "result" in plan)
     lines += _learned(plan["saw"])
     for index, stage in enumerate(plan["stages"]):
         lines += _changes(stage)
@@ -135,8 +138,19 @@ def _print_plan(plan: dict[str, Any]) -> None:
         lines.append((made["folder"], formats))
     if "search" in plan:
         lines.append(("search", f"{plan['search']['told']}; each value was tried"))
+    lines += [("note", note) for note in plan.get("notes", ())]
     _print_rows(lines, 11)
     _print_proposals(plan["stages"])
+
+
+def _ratio(teacher: int, student: int, changed: bool) -> list[tuple[str, str]]:
+    """How many parameters fewer, where they are fewer: a student in fewer bits has as many."""
+    ratio = teacher / max(student, 1)
+    if 0.95 < ratio < 1.05:
+        return []
+    word, factor = ("fewer", ratio) if ratio > 1 else ("more", 1 / ratio)
+    of = " in the end" if changed else ""
+    return [("ratio", f"the student has {factor:,.1f} times {word} parameters{of}")]
 
 
 def _changes(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -144,12 +158,12 @@ def _changes(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [(each["do"], each["told"].partition("\n")[0]) for each in plan.get("changes", ())]
 
 
-def _size(size: dict[str, Any]) -> str:
-    if "parameters" not in size:
-        return str(size["model"])
+def _size(model: dict[str, Any]) -> str:
+    if "parameters" not in model:
+        return str(model["model"])
     return (
-        f"{size['model']}: {size['parameters']:,} parameters, "
-        f"{_count(size['macs'])} multiply-adds an example"
+        f"{model['model']}: {model['parameters']:,} parameters, "
+        f"{_count(model['macs'])} multiply-adds an example"
     )
 
 
@@ -188,7 +202,7 @@ def _stage(stage: dict[str, Any], seeds: int) -> str:
     return (
         f"{stage['steps']:,} steps of {stage['batch_size']} over {stage['examples']:,} examples, "
         f"{seeds} seed{'s' * (seeds > 1)}; trains {stage['trained_parameters']:,} parameters"
-        f"{inside} with at most {_bytes(stage['checkpoint_bytes'])} of state"
+        f"{inside} with at most {size(stage['checkpoint_bytes'])} of state"
     )
 
 
@@ -275,11 +289,7 @@ def print_rooms(described: dict[str, dict[str, Any]], *, whole: bool) -> None:
 
 
 def _count(number: int) -> str:
-    for size, word in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.1f} {word}"
+    for unit, word in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f} {word}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"

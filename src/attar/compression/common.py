@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from attar.models.adapters import has_adapters
 from attar.models.masks import masked
 from attar.models.matching import matching
+from attar.models.quantized import modes, parameters_of
 from attar.models.state import aliases_of
-from attar.runtime import UsageError, first_line
+from attar.runtime import UsageError, first_line, suggest
 
 _SHARED = "shares its weight with another part"
 _P = ParamSpec("_P")
@@ -38,7 +39,7 @@ def applied(plan: Callable[_P, Plan]) -> Callable[_P, nn.Module]:
 
     @wraps(plan)
     def verb(*args: _P.args, **kwargs: _P.kwargs) -> nn.Module:
-        given = signature.bind(*args, **kwargs)
+        given = _bound(verb.__name__, signature, args, kwargs)
         return plan(*args, **kwargs).apply(given.args[0])
 
     for name in ("__name__", "__qualname__"):
@@ -49,6 +50,29 @@ def applied(plan: Callable[_P, Plan]) -> Callable[_P, nn.Module]:
     return verb
 
 
+def _bound(
+    name: str, signature: inspect.Signature, args: Any, kwargs: Any
+) -> inspect.BoundArguments:
+    """The arguments of a call by name; what is missing or unknown is said as a verb says it."""
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        known = signature.parameters
+        if unknown := kwargs.keys() - known.keys():
+            wrong = min(unknown)
+            raise UsageError(f"{name}: there is no {wrong}=; {suggest(wrong, known)}") from None
+        needed = [key for key, each in known.items() if each.default is each.empty]
+        missing = [key for key in needed[len(args) :] if key not in kwargs]
+        if not missing:
+            raise UsageError(f"{name}: {error}") from None
+        named = (known[key].kind is inspect.Parameter.KEYWORD_ONLY for key in needed)
+        call = ", ".join(f"{key}=..." if by else key for key, by in zip(needed, named, strict=True))
+        raise UsageError(
+            f"{name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; call "
+            f"{name}({call})"
+        ) from None
+
+
 def check_plain(model: nn.Module, who: str) -> None:
     """Refuse a model on whose weights something was put that is no part of them."""
     what = "masks" if masked(model) else "adapters" if has_adapters(model) else None
@@ -56,6 +80,15 @@ def check_plain(model: nn.Module, who: str) -> None:
         raise UsageError(
             f"{who}: the model has {what} on its weights; give attar.models.merged(model), which "
             "has them in its weights"
+        )
+
+
+def check_float(model: nn.Module, who: str) -> None:
+    """Refuse a model that has layers of whole numbers."""
+    if modes(model):
+        raise UsageError(
+            f"{who}: the model is quantised, and its layers of whole numbers cannot be changed; "
+            f"{who} comes before quantize"
         )
 
 
@@ -91,6 +124,7 @@ def layers_of(
         else:
             chosen[path] = layer
     if not chosen and not left:
+        check_float(model, who)
         raise UsageError(
             f"{who}: {', '.join(patterns)} without {', '.join(spared) or 'anything'} names no "
             f"layer of a kind it changes ({', '.join(kind.__name__ for kind in kinds)})"
@@ -127,8 +161,8 @@ def spread(rows: int, data: Any) -> Tensor:
 
 
 def count(model: nn.Module) -> int:
-    """How many numbers *model* learns; a shared one once."""
-    return sum(tensor.numel() for tensor in model.parameters())
+    """How many numbers *model* holds in its parameters; a shared one once."""
+    return parameters_of(model)
 
 
 def thousands(parameters: tuple[int, int]) -> str:

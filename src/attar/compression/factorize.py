@@ -31,7 +31,10 @@ from attar.compression.moments import moments
 from attar.models.changed import LowRank, noted, put
 from attar.runtime import UsageError
 
-Rank = Annotated[int, Ge(1)] | Annotated[float, Gt(0), Le(1)]
+Rank = Annotated[
+    Annotated[int, Ge(1)] | Annotated[float, Gt(0), Le(1)],
+    "rule:it must be a whole number from 1 on, or a share above 0 and up to 1",
+]
 Energy = Annotated[float, Gt(0), Le(1)]
 
 
@@ -224,7 +227,8 @@ def _check(rank: Any, energy: Any) -> None:
     whole = type(rank) is int and rank >= 1
     if rank is not None and not whole and not (type(rank) is float and 0 < rank <= 1):
         raise UsageError(
-            f"factorize: rank is a whole number from 1 on, or a share such as 0.25, not {rank!r}"
+            "factorize: rank is a whole number from 1 on, or a share above 0 and up to 1, not "
+            f"{rank!r}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -97,6 +98,15 @@ def pruned(
     model.requires_grad_(True)  # the graph is that of the gradients
     several = attentions(model)
     heads = {layer: each.heads for each in several for layer in each.layers}
+    seen: dict[Any, Tensor] = {}
+    measure = _importance(library, importance)
+
+    def remembered(group: Any) -> Any:
+        found = measure(group)
+        if found is not None:
+            seen[_root(group)] = found.detach().cpu()
+        return found
+
     spared = [
         part
         for path, part in model.named_modules()
@@ -110,12 +120,12 @@ def pruned(
                 model,
                 example_inputs=example,
                 forward_fn=forward,
-                importance=_importance(library, importance),
+                importance=remembered,
                 pruning_ratio=ratio,
                 global_pruning=together,
                 round_to=round_to,
                 ignored_layers=_without(spared),
-                num_heads=heads,
+                num_heads=dict(heads),
                 prune_num_heads=True,
                 prune_head_dims=False,
                 head_pruning_ratio=ratio if together else 0.0,
@@ -127,10 +137,14 @@ def pruned(
                 out_channel_groups={},
                 root_module_types=[nn.Linear, nn.Conv2d],
             )
+            rules = _Rules(ratio, together, round_to or 1, heads)
+            # It would leave out what loses all of its channels, and so prune less at a high ratio.
+            pruner.DG.check_pruning_group = lambda group: True
             for number, group in enumerate(pruner.step(interactive=True)):
                 if number == 0:  # all importances are known by now, and the values have served
                     _mark(model)
-                group.prune()
+                if (left := _left_alive(pruner, group, seen[_root(group)], rules)) is not None:
+                    left.prune()
         except UsageError:
             raise
         except Exception as error:  # it has errors of many kinds
@@ -144,6 +158,61 @@ def pruned(
     return model
 
 
+class _Rules(NamedTuple):
+    """How many channels may go: the share, among what, in which multiples, in heads of which."""
+
+    ratio: float
+    together: bool
+    round_to: int
+    heads: dict[nn.Linear, int]
+
+
+def _root(group: Any) -> tuple[Any, Any]:
+    """The layer whose channels a group counts by, and which of its sides they are on."""
+    dep = group[0].dep
+    return dep.target.module, dep.handler
+
+
+def _left_alive(pruner: Any, group: Any, importance: Tensor, rules: _Rules) -> Any:
+    """*group*, or fewer of its channels where a layer would lose all; None where none can go.
+
+    Args:
+        importance: of each channel of the group's root.
+    """
+    graph = pruner.DG
+    alive = type(graph).check_pruning_group
+    if alive(graph, group):
+        return group
+    readers = [
+        dep.target.module
+        for dep, _ in group
+        if dep.target.module in rules.heads and graph.is_out_channel_pruning_fn(dep.handler)
+    ]
+    places = torch.arange(len(importance))
+    if readers:  # whole heads go, each a row of its channels
+        units, step = places.reshape(rules.heads[readers[0]], -1), 1
+    else:  # of channels in groups one of each goes
+        units = places.reshape(pruner._get_channel_groups(group), -1).T
+        step = rules.round_to // math.gcd(rules.round_to, units.shape[1])
+    order = units[importance[units].mean(1).argsort(stable=True)]
+    kept, gone = len(units), len(group[0].idxs) // units.shape[1]
+    for left in range(_least(len(units), gone, step, rules), len(units), step):
+        fewer = graph.get_pruning_group(*_root(group), order[:-left].flatten().tolist())
+        if alive(graph, fewer):
+            group, kept = fewer, left
+            break
+    pruner.num_heads.update(dict.fromkeys(readers, kept))
+    return None if kept == len(units) else group
+
+
+def _least(units: int, gone: int, step: int, rules: _Rules) -> int:
+    """The fewest of so many channels that stay, where *gone* of them were to go."""
+    left = units - gone
+    if left == 0 and not rules.together:  # rounding has taken those that the ratio leaves
+        left = int(units * (1 - rules.ratio))
+    return max(step, left - left % step)
+
+
 def _without(parts: list[nn.Module]) -> list[nn.Module]:
     """The layers whose outputs are spared; norms and the like follow what they read."""
     return [part for part in parts if isinstance(part, nn.Linear | nn.Conv2d)]
@@ -151,7 +220,7 @@ def _without(parts: list[nn.Module]) -> list[nn.Module]:
 
 def _whole(ratio: float, heads: int) -> float:
     """A share of the heads that is rounded up to floor(ratio * heads) of them."""
-    return max(0.0, (int(ratio * heads + 1e-9) - 0.5) / heads)
+    return max(0.0, (min(int(ratio * heads + 1e-9), heads - 1) - 0.5) / heads)
 
 
 def _set_heads(each: Attention, left: int) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from attar.compression.common import (
     answer,
     applied,
+    check_float,
     check_plain,
     count,
     layers_of,
     run,
     thousands,
 )
-from attar.compression.graph import check_known, pruned
+from attar.compression.graph import attentions, check_known, pruned
 from attar.models.changed import differences, noted, replace
 from attar.models.state import aliases_of
 from attar.runtime import UsageError, eval_mode, first_line
@@ -145,8 +146,9 @@ def plan_prune(
         model: left as it is.
         example: what the model reads: a tensor [n, ...], or a table of arguments; with *task* a
             batch, with its labels for ``taylor``.
-        ratio: the share of the channels, features and heads of each layer that go. In several
-            rounds with training between, take `schedule(..., of="rest")`.
+        ratio: the share of the channels, features and heads of each layer that go; one stays at
+            any ratio, or *round_to*. In several rounds with training between, take
+            `schedule(..., of="rest")`.
         importance: of a channel and all that depends on it: ``magnitude`` of its weights,
             ``taylor`` (weight times gradient of the task's loss on *example*,
             arXiv:1906.10771), or ``batch_norm`` (the scale of its batch norm,
@@ -156,7 +158,7 @@ def plan_prune(
         layers: patterns of the layers whose outputs may become fewer, as in ``freeze``:
             ``["blocks.*.mlp.0"]`` are the inner features of a perceptron.
         skip: patterns of layers whose outputs stay; the head must.
-        round_to: leave multiples of this many.
+        round_to: leave multiples of this many; a layer of fewer channels keeps them all.
         task: how the model is run on *example*, and the loss for ``taylor``.
 
     Errors: torch-pruning is not installed; channels of T5 and of language models with grouped
@@ -165,6 +167,7 @@ def plan_prune(
     """
     _check(ratio, importance, among, task)
     check_plain(model, "prune")
+    check_float(model, "prune")
     chosen, _ = layers_of(model, layers, skip, (nn.Linear, nn.Conv2d), "prune")
     check_known(model, chosen)
 
@@ -185,7 +188,7 @@ def plan_prune(
         together=among == "model",
         round_to=round_to,
     )
-    plan = _recorded(model, marked)
+    plan = _recorded(model, marked, _advice(model, chosen, ratio, round_to))
     _check_runs(plan, model, forward, example, before)
     return plan
 
@@ -208,16 +211,36 @@ def _check(ratio: Any, importance: Any, among: Any, task: Any) -> None:
         )
 
 
-def _recorded(model: nn.Module, marked: nn.Module) -> Pruning:
-    """The plan by which *model* becomes what *marked* is, whose tensors hold where each is from."""
+def _advice(model: nn.Module, chosen: Mapping[str, Any], ratio: float, round_to: int | None) -> str:
+    """What to do where nothing would become smaller."""
+    widths = [each.weight.shape[0] for each in chosen.values()]
+    if widths and max(widths) <= (round_to or 1):
+        most = f"its layers have {max(widths)} channels at most, and {round_to or 1} stay"
+        return f"{most}; lower round_to" if round_to else f"{most}; name other layers"
+    heads = {id(layer): each.heads for each in attentions(model) for layer in each.layers}
+    if chosen and all(id(each) in heads for each in chosen.values()):
+        most_heads = max(heads[id(each)] for each in chosen.values())
+        return (
+            f"whole heads go, and {ratio:g} of {most_heads} is less than one; give a ratio of "
+            f"{1 / most_heads:.3g} or more"
+        )
+    return (
+        "what these layers make is added to or multiplied by what others make; name those with "
+        "them in layers, and take none of them into skip"
+    )
+
+
+def _recorded(model: nn.Module, marked: nn.Module, advice: str) -> Pruning:
+    """The plan by which *model* becomes what *marked* is, whose tensors hold where each is from.
+
+    Args:
+        advice: for where the two are the same.
+    """
     parts = json.loads(json.dumps(differences(model, marked)))
     if parts is None:
         raise UsageError("prune: a part of the model became another, which no plan can say")
     if not parts:
-        raise UsageError(
-            "prune: nothing would become smaller; raise ratio, lower round_to, or name with these "
-            "layers the ones that they are added to or multiplied by"
-        )
+        raise UsageError(f"prune: nothing would become smaller: {advice}")
     lists: dict[tuple[int, ...], int] = {}
     tensors: dict[str, tuple[int | None, ...]] = {}
     left = marked.state_dict()

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from attar.compression.common import answer, applied, check_plain, layers_of, planned_layer, run
 from attar.compression.flow import Flow, flow_of
 from attar.models import quantized
+from attar.models.adapters import has_adapters
 from attar.models.changed import noted, put
+from attar.models.masks import baked, masks_of, put_masks
 from attar.models.matching import first_names, matching
 from attar.models.quantized import Bounds, Learning, Mode, Span
 from attar.runtime import UsageError, eval_mode
@@ -113,12 +115,15 @@ class Quantization:
 
         Errors: a model without these layers (UsageError).
         """
-        made = copy.deepcopy(model)
+        plain = baked(model)
+        made = copy.deepcopy(plain)
         for each in self.layers:
             made = put(made, each.path, self._part(made, each))
             if each.takes is not None:
                 made = put(made, each.takes, nn.Identity())
-        return noted(made, model)
+        made = noted(made, plain)
+        put_masks(made, masks_of(model))  # whole numbers that are zero stay so by themselves
+        return made
 
     def _part(self, model: nn.Module, each: Quantized) -> nn.Module:
         source: Any = _part_of(model, each, (Learning,) if self.mode == "freeze" else _KINDS)
@@ -180,7 +185,8 @@ def plan_quantize(
     convolution rounds what it writes too, after the ReLU that follows it. ``weights`` in 4 bits
     has a scale for each 32 inputs.
 
-    `attar.models.save` and `load` keep the result, with the same bits.
+    `attar.models.save` and `load` keep the result, with the same bits. Zeros that `sparsify` made
+    stay zero while it learns and when it is frozen.
 
     Args:
         model: left as it is.
@@ -193,9 +199,10 @@ def plan_quantize(
         task: how the model is run on *example*.
 
     Errors: a layer that would stay float and is not in *skip*, by name; a layer that the example
-    does not run; a model that is quantised already, or has masks or adapters (UsageError).
+    does not run; a model that is quantised already, or has adapters (UsageError).
     """
     bits = _checked(model, mode, bits, layers, skip)
+    model = baked(model)
     if mode == "freeze":
         return _freezing(model)
     chosen, left = layers_of(model, layers, skip, _KINDS, "quantize")
@@ -219,7 +226,8 @@ def _checked(model: nn.Module, mode: Any, bits: Any, layers: Any, skip: Any) -> 
         raise UsageError(
             f"quantize: mode is 'learn', 'freeze', 'dynamic' or 'weights', not {mode!r}"
         )
-    check_plain(model, "quantize")
+    if has_adapters(model):
+        check_plain(model, "quantize")
     if mode == "freeze":
         if bits is not None or tuple(layers) != ("*",) or tuple(skip):
             raise UsageError(

@@ -12,9 +12,10 @@ from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from attar.compression.axes import config_of
-from attar.compression.common import applied, count, thousands
+from attar.compression.common import applied, check_plain, count, thousands
 from attar.compression.inherit import Choice, Inheritance, Layers, Share, plan_inheritance
 from attar.models import build, families
+from attar.models.changed import FAMILY as CHANGED
 from attar.runtime import UsageError, suggest
 
 Depth = Annotated[int, Ge(1)]
@@ -101,7 +102,8 @@ def plan_shrink(
             Llama- and GPT-2-like, and encoder-decoders as T5 and BART); it is left as it is.
         depth: how many layers the student has; of an encoder-decoder the same for both sides, or a
             table such as ``{"decoder_layers": 3}``. Left out with a list of *layers*, as many. For
-            attar's resnet it is what the family calls depth: 8, 14, 20, ...
+            attar's resnet it is what the family calls depth: 8, 14, 20, ...; *layers* are the
+            blocks of each of its stages.
         width: the share of channels, heads and inner features, or a table of values such as
             ``{"hidden_size": 384, "num_attention_heads": 6}`` or ``{"width": 8}``. A share keeps
             the width of a head and takes heads away.
@@ -111,16 +113,22 @@ def plan_shrink(
     Errors: a model of another kind, an option or a value that it does not have, what
     `plan_inheritance` refuses (UsageError).
     """
-    if depth is None and isinstance(layers, Sequence) and not isinstance(layers, str):
-        depth = len(layers)
-    if depth is None and width is None:
-        raise UsageError("shrink: say what becomes smaller: depth=, width=, or layers=[0, 2, 4]")
     config = config_of(teacher)
     built = getattr(teacher, "attar_build", None)
+    if depth is None and isinstance(layers, Sequence) and not isinstance(layers, str):
+        depth = _as_many(layers, None if config is not None else built)
+    if depth is None and width is None:
+        raise UsageError("shrink: say what becomes smaller: depth=, width=, or layers=[0, 2, 4]")
+    check_plain(teacher, "shrink")
     if config is not None:
         changes = _config_changes(config, depth, width, layers)
     elif built is not None and built["family"] in families():
         changes = _option_changes(built, depth, width, layers)
+    elif built is not None and built["family"] == CHANGED:
+        raise UsageError(
+            "shrink: other changes of this model's layers came before, and shrink builds one of "
+            "its family anew; shrink comes before prune, factorize and quantize"
+        )
     else:
         raise UsageError(
             f"shrink: a {type(teacher).__name__} does not tell how it is built; give a model of "
@@ -290,6 +298,25 @@ def _option_changes(
     if depth > options["depth"]:
         raise UsageError(f"shrink: depth must be {options['depth']} at most, not {depth}")
     return changes | {"depth": depth}
+
+
+def _as_many(layers: Sequence[int], built: Mapping[str, Any] | None) -> int:
+    """The depth of a model that keeps *layers*; in a resnet they are blocks of each stage.
+
+    Errors: a family of attar has no such layer (UsageError).
+    """
+    family, options = (built["family"], built["options"]) if built else ("", {})
+    if not isinstance(options.get("depth"), int):
+        return len(layers)
+    of = (options["depth"] - 2) // 6 if family == "resnet" else options["depth"]
+    where = " in each stage" if family in ("resnet", "mobilenet") else ""
+    for number in layers:
+        if type(number) is not int or not 0 <= number < of:
+            known = "layer 0 alone" if of == 1 else f"layers 0 to {of - 1}"
+            raise UsageError(
+                f"shrink: there is no layer {number!r}; this {family} has {known}{where}"
+            )
+    return 6 * len(layers) + 2 if family == "resnet" else len(layers)
 
 
 def _narrower(family: str, options: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -6,7 +6,10 @@ Each returns a new batch and leaves the one it was given as it was. Everything r
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt
@@ -14,8 +17,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attar.data.draw import Draw
-from attar.data.types import Batch
-from attar.runtime import DataError, UsageError
+from attar.data.types import Augmentation, Batch
+from attar.runtime import DataError, UsageError, described
+
+
+def spelled(augment: Sequence[Augmentation]) -> list[Any]:
+    """Augmentations as JSON, with the defaults of their options.
+
+    So they are equal where they do the same, whether or not a default was written.
+
+    >>> spelled([crop]) == spelled([partial(crop, pixels=2)])
+    True
+    """
+    return [_spelled(change) for change in augment]
+
+
+def _spelled(change: Augmentation) -> Any:
+    function = change.func if isinstance(change, partial) else change
+    if not inspect.isfunction(function):  # an object tells of itself as it is
+        return described(change)
+    given = change.keywords if isinstance(change, partial) else {}
+    usual = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    options = usual | given
+    return {"name": described(function)} | described(options) if options else described(function)
 
 
 def crop(batch: Batch, draw: Draw, *, pixels: Annotated[int, Ge(1)] = 2) -> Batch:

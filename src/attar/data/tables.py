@@ -317,8 +317,16 @@ def _labels(table: Table, targets: tuple[str, ...], classes: list[str] | None) -
 
 
 def _numbers(table: Table, target: str) -> Array:
-    cells = enumerate(_targets(table, target))
-    return np.array([_required_number(table, row, target, cell) for row, cell in cells], np.float32)
+    cells = _targets(table, target)
+    words = [cell for cell in cells if _number(cell) is None]
+    if 2 * len(words) > len(cells):  # no cell of them is the wrong one: the column is
+        some = ", ".join(f"'{_shown(word)}'" for word in list(dict.fromkeys(words))[:2])
+        raise DataError(
+            f"{table.path}: the target '{target}' holds text such as {some}, and regression needs "
+            "numbers; leave regression out, or name a column of numbers"
+        )
+    values = [_required_number(table, row, target, cell) for row, cell in enumerate(cells)]
+    return np.array(values, np.float32)
 
 
 def _yes_or_no(table: Table, target: str) -> Array:

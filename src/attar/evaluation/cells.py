@@ -136,8 +136,9 @@ def _scores(verdict: Verdict) -> list[Row]:
         _row(verdict, title(metric), HINTS.get(metric, "with its 95 % interval"), primary),
         _row(verdict, "over the seeds", "the lowest and the highest", seeds),
     ]
-    if verdict.last is not None:
-        last = cell(show(metric, verdict.last.value, digits=digits))
+    chosen = rows[0]["cells"]["distilled"]["text"]
+    last = cell(show(metric, verdict.last.value if verdict.last else None, digits=digits))
+    if last["text"] not in ("", chosen):  # the same number again would say nothing
         made = {name: last if name == "distilled" else cell() for name in verdict.models}
         rows.append(
             {"label": "at the last epoch", "hint": "not chosen by validation", "cells": made}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attar.evaluation.memory import peak_bytes
 from attar.evaluation.rows import evaluating
+from attar.models.quantized import parameters_of
 from attar.runtime import UsageError, resolve_device
 
 BATCHES = (1, 64)
@@ -31,7 +32,8 @@ class Cost:
     """The cost of one model.
 
     Attributes:
-        parameters: how many numbers are trained or loaded; a tied tensor counts once.
+        parameters: how many numbers are trained or loaded; a tied tensor counts once, two of 4
+            bits in a byte as two.
         macs: multiply-accumulate operations of matrix products, convolutions and attention for
             one example (a multiplication and an addition are one).
         bytes: the size of the weights: of the file when it was given, else of all tensors.
@@ -121,7 +123,7 @@ def costs(
                 alone = {str(n): _latencies(models, batch, place) for n, batch in batches.items()}
     return {
         name: Cost(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=parameters_of(model),
             macs=macs[name],
             bytes=_bytes(model, (files or {}).get(name)),
             latency={size: found[name] for size, found in taken.items()},

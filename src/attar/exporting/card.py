@@ -20,6 +20,7 @@ from attar.exporting.artefact import Artefact
 from attar.exporting.tokens import reads_tokens
 from attar.models.changed import FAMILY as CHANGED
 from attar.models.language import record_of
+from attar.models.quantized import parameters_of
 from attar.runtime import UsageError, suggest
 from attar.tasks import (
     ImageClassification,
@@ -201,7 +202,7 @@ def described(module: nn.Module) -> str:
     options = built.get("options", {}).items()
     parts = [str(built.get("family", module._get_name()))]
     parts += [f"{key} {value}" for key, value in options if key not in hidden]
-    count = sum(parameter.numel() for parameter in module.parameters())
+    count = parameters_of(module)
     return ", ".join([*parts, f"{count:,} parameters"] if count else parts)
 
 

@@ -215,8 +215,8 @@ def _check_drop(drop: Any, formats: Sequence[str], task: Task | None) -> None:
         raise UsageError(f"drop is a number from 0 on, such as 0.01, not {drop!r}")
     if task is not None and is_share(task.metric) and drop >= 1:
         raise UsageError(
-            f"drop is {drop:g}, and {task.metric} is at most 1: a file could lose all of it; give a "
-            "share such as 0.01"
+            f"drop is {drop:g}, and {task.metric} is at most 1: a file could lose all of it; give "
+            "a share such as 0.01"
         )
 
 

@@ -62,14 +62,6 @@ class Convolution(_Part):
 Leaf = Annotated[Linear | Convolution, Field(discriminator="kind")]
 
 
-class Factors(_Part):
-    """A `LowRank` of two layers."""
-
-    kind: Literal["low_rank"] = "low_rank"
-    first: Leaf
-    second: Leaf
-
-
 class Nothing(_Part):
     """Where a part was that another has taken in, such as a batch norm."""
 
@@ -85,6 +77,17 @@ class OnGrid(_Part):
     layer: Leaf
     reads: Limits | None = None
     writes: Limits | None = None
+
+
+Inner = Annotated[Linear | Convolution | OnGrid, Field(discriminator="kind")]
+
+
+class Factors(_Part):
+    """A `LowRank` of two layers."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    first: Inner
+    second: Inner
 
 
 class Sizes(_Part):

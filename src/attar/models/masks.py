@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ def _only(part: Any) -> bool:
     return all(
         len(held) == 1 and isinstance(held[0], Mask) for held in part.parametrizations.values()
     )
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Where each masked tensor of *model* may be other than zero, by the name it had before."""
+    return {
+        f"{path}.{name}".lstrip("."): held[0].kept
+        for path, part in model.named_modules()
+        if parametrize.is_parametrized(part) and _only(part)
+        for name, held in part.parametrizations.items()
+    }
+
+
+def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put *masks*, of `masks_of`, on those of these tensors that are floats."""
+    for name, kept in masks.items():
+        path, _, own = name.rpartition(".")
+        part = model.get_submodule(path)
+        if part.get_parameter(own).is_floating_point():
+            put_mask(part, own, kept)
 
 
 def baked(model: nn.Module) -> nn.Module:

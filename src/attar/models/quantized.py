@@ -338,6 +338,21 @@ def modes(model: nn.Module) -> dict[str, Mode]:
     }
 
 
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers the parameters of *model* hold; a shared one once.
+
+    Weights of 4 bits count each, though two of them share a byte, and what fills their last group
+    counts nothing: whole numbers instead of floats are as many as before.
+    """
+    return sum(tensor.numel() for tensor in model.parameters()) + packed_away(model)
+
+
+def packed_away(model: nn.Module) -> int:
+    """How many weights of *model* the sizes of its tensors leave out, as two share a byte."""
+    small = (part for part in model.modules() if isinstance(part, Small) and part.bits == 4)
+    return sum(part.in_features * part.out_features - part.weight.numel() for part in small)
+
+
 def frozen(model: nn.Module) -> nn.Module:
     """A copy of *model* whose learning layers are frozen; *model* itself where none learns."""
     learning = [path for path, mode in modes(model).items() if mode == "learn"]

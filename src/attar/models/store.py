@@ -21,6 +21,7 @@ from attar.models.build import Family, construct, known_families
 from attar.models.changed import builders, foreign, on_meta, skeleton
 from attar.models.faces import has_unsaved_buffers
 from attar.models.language import files_of
+from attar.models.quantized import packed_away
 from attar.models.record import (
     RECORD,
     WEIGHTS,
@@ -75,7 +76,7 @@ def save(module: nn.Module, folder: str | Path, *, extra: dict[str, Any] | None 
     record = describe(
         family=family,
         options=options,
-        parameters=_count(state, stored),
+        parameters=_count(state, stored) + packed_away(module),
         weights={
             "file": WEIGHTS,
             "bytes": len(weights),
@@ -135,7 +136,7 @@ def load(
         raise DataError(f"{weights}: its tensors are not those that {path / RECORD} lists")
     module = _rebuilt(path, record, families) if into is None else into
     state = plain_state(module)
-    _check_fit(weights, state, record)
+    _check_fit(weights, state, record, packed_away(module))
     tensors = read(weights)
     tensors |= {alias: tensors[name] for alias, name in record.aliases.items()}
     fill(module, tensors, weights, adopt=True)
@@ -227,9 +228,9 @@ def _constructed(path: Path, record: Record, function: Family) -> nn.Module:
     return module.to_empty(device="cpu")
 
 
-def _check_fit(weights: Path, state: Mapping[str, Tensor], record: Record) -> None:
+def _check_fit(weights: Path, state: Mapping[str, Tensor], record: Record, packed: int) -> None:
     _refuse(weights, shape_differences(shapes_of(state), record.shapes()))
-    parameters = _count(state, record.tensors)
+    parameters = _count(state, record.tensors) + packed
     if parameters != record.parameters:
         raise DataError(
             f"{weights.parent / RECORD}: lists {record.parameters} parameters, but the "

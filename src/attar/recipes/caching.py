@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from attar.data import Augmentation
 from attar.recipes.job import Job, prepare, rows_of_stage, stage_of
 from attar.recipes.recipe import Loaded, TeacherPlan, verb
 from attar.recipes.turns import Turn
-from attar.runtime import PreflightError, Ranks, described
+from attar.runtime import PreflightError, Ranks
 from attar.teachers import Cached, Filling, Keep, compare_again, fill
 from attar.training import distill
 from attar.training.plan import Plan, make_plan
@@ -117,17 +118,26 @@ def ask_again(folder: str | Path, loaded: Loaded, *, rows: int = 64) -> Again:
     job = prepare(loaded.recipe)
     _check_known(job)
     cached = Cached(folder)
-    augment = next(
-        (
-            given
-            for _, options, _ in _asking(job)
-            if described(list(given := options.get("augment", ()))) == cached.asked["augment"]
-        ),
-        (),
-    )
     with closing(cached):
+        cached.check_teacher(job.asked)
+        augment = _augment_of(job, cached)
         worst, allowed = compare_again(cached, job.asked, job.parts.student, augment, rows=rows)
     return Again(rows, worst, allowed)
+
+
+def _augment_of(job: Job, cached: Cached) -> Sequence[Augmentation]:
+    """The augmentations of the stage that the cache is for; the error names what differs."""
+    hows = [(options.get("augment", ()), options.get("views")) for _, options, _ in _asking(job)]
+    wrong = None
+    for augment, views in hows:
+        try:
+            cached.check_source(job.parts.student, views=views, augment=augment)
+        except PreflightError as error:
+            wrong = wrong or error
+        else:
+            return augment
+    assert wrong is not None, "a stage asks the teacher"
+    raise wrong
 
 
 def _check_known(job: Job) -> None:

@@ -85,7 +85,7 @@ def parse(text: str, name: str = "recipe") -> Document:
 
 
 def set_value(document: Document, override: str) -> None:
-    """Apply one ``path.to.key=value`` from the command line."""
+    """Apply one ``path.to.key=value`` from the command line; tables on the way are made."""
     where = f"override '{override}'"
     path_text, sign, value_text = override.partition("=")
     if not sign or not path_text:
@@ -94,7 +94,7 @@ def set_value(document: Document, override: str) -> None:
         int(p) if p.isascii() and p.isdigit() else p for p in path_text.strip().split(".")
     )
     changed = parse(value_text or "null", where)
-    holder = _holder(document.value, path, where)
+    holder = _holder(document, path, where)
     fits = (isinstance(holder, dict) and isinstance(path[-1], str)) or (
         isinstance(holder, list) and isinstance(path[-1], int) and path[-1] < len(holder)
     )
@@ -107,10 +107,19 @@ def set_value(document: Document, override: str) -> None:
     document.places[path] = document.keys[path] = where
 
 
-def _holder(value: Any, path: Path_, where: str) -> Any:
-    """The table or list around *path*; a bare name on the way becomes a table with that name."""
+def _holder(document: Document, path: Path_, where: str) -> Any:
+    """The table or list around *path*.
+
+    A bare name on the way becomes a table with that name, and what is not there an empty table:
+    what is missing in it, or has no place there, is said by who knows what a recipe holds.
+    """
+    value = document.value
     for index, step in enumerate(path[:-1]):
         try:
+            if isinstance(value, dict) and value.get(step) is None and isinstance(step, str):
+                value[step] = {}
+                at = path[: index + 1]
+                document.places[at] = document.keys[at] = where
             if isinstance(value[step], str):
                 value[step] = {"name": value[step]}
             value = value[step]

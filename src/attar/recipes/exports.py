@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from attar.compression.common import spread as everywhere
 from attar.data import Source
 from attar.evaluation import Verdict
 from attar.evaluation.numbers import show, title
+from attar.evaluation.wording import amount
 from attar.exporting import Artefact, Lost, check_export, export
 from attar.exporting.card import described
 from attar.exporting.tokens import INPUTS, MOST
@@ -135,6 +137,27 @@ def missed(exports: Sequence[Mapping[str, Any]]) -> bool:
 def missed_in(runs: Iterable[Path]) -> bool:
     """Whether a file that one of these runs exported lost more than it may."""
     return any(missed(read_json(run / "verdict.json")["exports"]) for run in runs)
+
+
+def notes(limits: Mapping[str, float], made: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How files that run without PyTorch differ from the student that is judged, a sentence each.
+
+    Args:
+        limits: the goal's, by name.
+        made: exports as ``verdict.json`` holds them.
+    """
+    return [_unlike(limits, each) for each in made if each["format"] != "safetensors"]
+
+
+def _unlike(limits: Mapping[str, float], made: Mapping[str, Any]) -> str:
+    cost = {"size_mb": made["bytes"] / 1e6, "latency_ms": made["latency"]["1"]["p50_ms"]}
+    weight, time = (amount(name, value) for name, value in cost.items())
+    line = (
+        f"{made['path']} has {weight} and takes {time} for one example; the goal and the table are "
+        "about the student in PyTorch."
+    )
+    over = [amount(name, limits[name]) for name in cost if cost[name] > limits.get(name, math.inf)]
+    return f"{line} This file misses the goal of {' and '.join(over)}." if over else line
 
 
 def summary(made: Sequence[Artefact]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from attar.data import Source
 from attar.evaluation import Seen, collect
 from attar.models import Group, reuse_head
-from attar.recipes.changes import changed
+from attar.recipes.changes import changed, ending_of
 from attar.recipes.parts import Parts, parted
 from attar.recipes.recipe import Recipe, Stage, TeacherPlan, verb
 from attar.recipes.rooms import SUPPLIED
@@ -203,7 +203,8 @@ class Job:
                 if self.peers:
                     learner = own = self._group(number, start)
             if turn.changes:
-                last, learner = learner, self.changed(learner, turn.changes, number, seen)
+                first = turn.place - len(turn.changes)
+                last, learner = learner, self.changed(learner, turn.changes, number, seen, first)
                 own = learner
             if with_teacher and turn.reuse_head:
                 learner = self._reusing(learner, last if turn.previous else None, number)
@@ -212,16 +213,28 @@ class Job:
             last = learner
 
     def changed(
-        self, learner: nn.Module, stages: Sequence[Stage], number: int, seen: Seeing = unseen
+        self,
+        learner: nn.Module,
+        stages: Sequence[Stage],
+        number: int,
+        seen: Seeing = unseen,
+        first: int | None = None,
     ) -> nn.Module:
-        """A copy of who learns, its structure changed by each of the *stages*."""
+        """A copy of who learns, its structure changed by each of the *stages*.
+
+        Args:
+            first: the place of the first of them in the recipe; None where they are its ending.
+        """
+        if first is None:
+            first = ending_of(self.recipe.stages)
         for index, stage in enumerate(stages, 1):
+            where = f"stage {first + index - 1}"
             if isinstance(learner, Group):
                 raise PreflightError(
-                    f"{verb(stage).__name__} changes one student, and students that teach each "
-                    "other learn as a whole; give the recipe a teacher that does not learn"
+                    f"{where}: {verb(stage).__name__} changes one student, and students that teach "
+                    "each other learn as a whole; give the recipe a teacher that does not learn"
                 )
-            make = partial(changed, learner, stage, self.parts.labelled, self.task)
+            make = partial(changed, learner, stage, self.parts.labelled, self.task, where)
             learner = seeded(self.recipe.seed + number + index, make)
             seen(stage, learner)
         return learner

@@ -11,6 +11,7 @@ from attar.evaluation import Verdict, Verdicts
 from attar.evaluation.verdicts import named
 from attar.recipes.arms import Arm, Desk, teach
 from attar.recipes.caching import check_cache
+from attar.recipes.changes import notes
 from attar.recipes.job import Job, judged, prepare
 from attar.recipes.preflight import check_job, check_teacher
 from attar.recipes.recipe import Loaded, options_of
@@ -53,7 +54,8 @@ def run_many(loaded: Loaded, place: Path, resume: bool, hand: Callable[..., Desk
             tuple(cost[f"student-{index}"] for index in range(len(found))),
             cost.get(jobs[0].elder),
         )
-        told = {"environment": environment(loaded, desk.job, desk.ranks)}
+        told: dict[str, Any] = {"environment": environment(loaded, desk.job, desk.ranks)}
+        told["notes"] = [*verdicts.notes, *notes(loaded.recipe.stages)]
         home.write("verdict.json", verdicts.to_json() | told)
         if desk.ranks.main:
             page(place)

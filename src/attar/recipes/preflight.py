@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from attar.evaluation import bootstrap, count_macs
+from attar.models.quantized import parameters_of
 from attar.recipes import exports
-from attar.recipes.changes import made_from
+from attar.recipes.changes import made_from, notes
 from attar.recipes.job import Job, copied, judged, rows_of, rows_of_stage, stage_of
 from attar.recipes.proposal import proposed
 from attar.recipes.recipe import verb
@@ -62,6 +63,8 @@ def check_job(job: Job) -> dict[str, Any]:
         "seeds": job.recipe.seeds,
         "stages": stages,
     }
+    if told := notes(job.recipe.stages):
+        plan["notes"] = told
     if job.recipe.changes:
         plan |= {"result": _sizes(job, last)} | changed.told()
     if job.reuses_head:
@@ -164,7 +167,7 @@ def _sizes(job: Job, model: nn.Module) -> dict[str, Any]:
         return {"model": kind(model)}
     return {
         "model": kind(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters_of(model),
         "macs": count_macs(model, batch["inputs"]),
     }
 
@@ -189,10 +192,25 @@ def check_floor(job: Job) -> None:
     found = bootstrap(job.task, rows)
     assert job.validation.labels is not None
     floor = job.task.floor(job.validation.labels)
-    above = found.low > floor if job.task.higher_is_better else found.high < floor
-    if not above:
+    up = job.task.higher_is_better
+    if found.low > floor if up else found.high < floor:
+        return
+    scored = f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+    constant = f"where always giving the same answer has {floor:.4g}"
+    if found.value > floor if up else found.value < floor:  # as far as so few rows can tell
+        count = len(job.validation)
         raise PreflightError(
-            f"the teacher knows too little to teach: its {job.task.metric} on validation is "
-            f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}], where always giving the same "
-            f"answer has {floor:.4g}; train it longer, or check that it fits these data"
+            f"{count:,} validation row{'s are' if count != 1 else ' is'} too few to tell whether "
+            f"the teacher knows anything: its {job.task.metric} on them is {scored}, {constant}; "
+            f"give more of them, {_more_rows(job.recipe.validation)}"
         )
+    raise PreflightError(
+        f"the teacher knows too little to teach: its {job.task.metric} on validation is {scored}, "
+        f"{constant}; train it longer, or check that it fits these data"
+    )
+
+
+def _more_rows(share: float) -> str:
+    """Where more validation rows come from: of the training rows, where there is room for it."""
+    own = "with a larger validation part of the data"
+    return f"by validation: 0.3 (it is {share:g}) or {own}" if share < 0.3 else own

@@ -68,7 +68,7 @@ class Resolver:
         word = NAME_KEYS.get(room, "name")
         name = raw.get(word) if isinstance(raw, dict) else raw
         if not isinstance(name, str):
-            raise self.fail(path, f"expected a name of {room}, or a table with '{word}'")
+            raise self.fail(path, f"expected {_named(raw, room, word)}")
         place = (*path, word) if isinstance(raw, dict) else path
         member = self._member(name, room, place)
         given = {k: v for k, v in raw.items() if k != word} if isinstance(raw, dict) else {}
@@ -93,7 +93,8 @@ class Resolver:
         """An instance of the dataclass *kind*."""
         if not isinstance(raw, dict):
             word = "nothing" if raw is None else repr(raw)
-            raise self.fail(path, f"expected a table of keys and values, not {word}")
+            hint = _first_key(raw, kind)
+            raise self.fail(path, f"expected a table of keys and values, not {word}{hint}")
         options = self.options(raw, kind, path)
         try:
             return kind(**options)
@@ -170,7 +171,7 @@ class Resolver:
             return self._leaf(raw, bool, path)
         numbers = [m for m in members if _unmarked(m) in (int, float)]
         if numbers and not isinstance(raw, str | dict):  # a weight, or the name of its schedule
-            return self._leaf(raw, functools.reduce(operator.or_, numbers), path)
+            return self._leaf(raw, functools.reduce(operator.or_, numbers), path, _rule(hint))
         lists = [m for m in members if _structured(_item(_unmarked(m)))]
         if lists and isinstance(raw, list):  # several of what may stand alone
             return self.value(raw, lists[0], path)
@@ -189,7 +190,7 @@ class Resolver:
             raise self.fail(path, f"expected a list, not {raw!r}")
         return raw
 
-    def _leaf(self, raw: Any, hint: Any, path: Path_) -> Any:
+    def _leaf(self, raw: Any, hint: Any, path: Path_, rule: str | None = None) -> Any:
         # A YAML list is what a recipe writes for a tuple; everything else stays strict.
         given = tuple(raw) if isinstance(raw, list) and _is_tuple(hint) else raw
         try:
@@ -202,7 +203,7 @@ class Resolver:
                 "'str' instances are not allowed as a Sequence value", f"it must be a list: [{raw}]"
             )
             name = next((str(p) for p in reversed(path) if isinstance(p, str)), "value")
-            raise self.fail(path, f"{name} is {raw!r}: {said}") from None
+            raise self.fail(path, f"{name} is {raw!r}: {rule or said}") from None
 
     def _write_defaults(
         self, path: Path_, writable: dict[str, inspect.Parameter], given: dict[str, Any]
@@ -221,11 +222,39 @@ class Resolver:
                     table[name] = written
 
 
+def _named(raw: Any, room: str, word: str) -> str:
+    """What a member of *room* is written as, with the options that were given without a name."""
+    wanted = f"a name of {room}, or a table with '{word}'"
+    if not isinstance(raw, dict) or not raw or word in raw:
+        return wanted
+    options = ", ".join(f"{key}: ..." for key in raw)
+    return f"{wanted}: {{{word}: NAME, {options}}}; attar list {room} shows the names"
+
+
+def _first_key(raw: Any, kind: type) -> str:
+    """What to write instead of a bare name, where it is the one thing that the table must have."""
+    needed = [f.name for f in dataclasses.fields(kind) if _is_required(f)]
+    if not isinstance(raw, str) or len(needed) != 1:
+        return ""
+    return f"; write {{{needed[0]}: {raw}}}"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _room(hint: Any) -> str | None:
-    for mark in getattr(hint, "__metadata__", ()):
-        if isinstance(mark, str) and mark.startswith("room:"):
-            return mark.removeprefix("room:")
-    return None
+    return _marked(hint, "room:")
+
+
+def _rule(hint: Any) -> str | None:
+    """What a value of several types must be, in words, where its type says so."""
+    return _marked(hint, "rule:")
+
+
+def _marked(hint: Any, start: str) -> str | None:
+    marks = (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, str))
+    return next((mark.removeprefix(start) for mark in marks if mark.startswith(start)), None)
 
 
 def _item(hint: Any) -> Any:

@@ -18,6 +18,7 @@ from attar.models import merged, save
 from attar.recipes import chain, exports
 from attar.recipes.arms import Arm, Desk, Say, best_of, students, teach
 from attar.recipes.caching import check_cache
+from attar.recipes.changes import notes
 from attar.recipes.job import Job, judged, prepare
 from attar.recipes.preflight import check_job, check_teacher
 from attar.recipes.recipe import Loaded, Recipe, load_recipe
@@ -108,7 +109,15 @@ def finish(desk: Desk, taught: Arm, loaded: Loaded) -> tuple[Verdict, dict[str, 
     }
     if steps := arms["distilled"].steps:
         made["chain"] = chain.told(desk.job.task, verdict, steps, found, made["exports"])
-    desk.run.write("verdict.json", verdict.to_json() | made)
+    told = verdict.to_json()
+    recipe = desk.job.recipe
+    limits = recipe.goal.limits if recipe.goal else {}
+    told["notes"] = [
+        *notes(recipe.stages),
+        *exports.notes(limits, made["exports"]),
+        *told["notes"],
+    ]
+    desk.run.write("verdict.json", told | made)
     if desk.ranks.main:
         desk.run.write("figures.json", _figures(desk, taught, arms))
         page(desk.run.folder)

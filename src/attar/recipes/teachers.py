@@ -150,7 +150,7 @@ def made_model(
                 f"{function.__name__} makes a student from the one teacher that a recipe builds, "
                 "trains or loads; here there are several or none: name a family of models"
             )
-        return changed(teacher, make, data, task)
+        return changed(teacher, make, data, task, "student")
     if not inspect.signature(function).parameters:
         return function()  # student=lambda: MyNet()
     width = task.width

@@ -28,6 +28,7 @@ class Turn:
         reuse_head: who learns ends in the teacher's classifier from here on.
         changes: the stages between this and the one before, which change who learns.
         unchanged: who learns is taught by itself as it was before them.
+        place: the number of the stage in the recipe.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Turn:
     reuse_head: bool = False
     changes: tuple[Stage, ...] = ()
     unchanged: bool = False
+    place: int = 0
 
 
 def turns_of(stages: Sequence[Stage]) -> list[Turn]:
@@ -69,6 +71,7 @@ def turns_of(stages: Sequence[Stage]) -> list[Turn]:
             "reuse_head" in own,
             between[index],
             own.get("teacher") == "unchanged",
+            place,
         )
         for index, (place, own) in enumerate(zip(places, said, strict=True))
     ]

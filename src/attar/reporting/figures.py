@@ -130,7 +130,8 @@ def against_cost(verdict: Mapping[str, Any], key: str) -> Drawing | None:
     down = Axis(*ends, HEIGHT - BOTTOM, TOP)
     what = "size of the weights" if key == "size" else "time for one example"
     parts = frame(across, down, percent, name, what + (", logarithmic" if log else ""))
-    parts += _spots(found, costs, across, down)
+    places = _places([across(costs[m.key]) for m in found])
+    parts += _spots(found, places, down)
     metric = shown(verdict["metric"])
     best = "Up" if verdict["higher_is_better"] else "Down"
     caption = f"{metric.capitalize()} with its 95 % interval against {what}. {best} and to the left"
@@ -139,7 +140,9 @@ def against_cost(verdict: Mapping[str, Any], key: str) -> Drawing | None:
     )
     title = "Quality against size" if key == "size" else "Quality against latency"
     drawn = canvas(key, f"{metric} against {what}: {values}", HEIGHT, *parts)
-    return Drawing(title, f"{caption} is better.", drawn)
+    moved = any(x != across(costs[m.key]) for m, x in zip(found, places, strict=True))
+    aside = f" Dots of (nearly) equal {key} are moved apart." if moved else ""
+    return Drawing(title, f"{caption} is better.{aside}", drawn)
 
 
 def _cost(cost: Mapping[str, Any], key: str) -> float:
@@ -166,16 +169,18 @@ def frame(
     return [*parts, text(what, WIDTH - MARGIN, height - 6, anchor="end")]
 
 
-def _spots(
-    found: Sequence[Model], costs: Mapping[str, float], across: Axis, down: Axis
-) -> list[str]:
-    """A dot on its interval for each model, its name beside it; equal costs stand side by side."""
+def _places(wanted: Sequence[float]) -> list[float]:
+    """Where dots stand across: what would hide another is moved to the right of it."""
     places: list[float] = []
-    for model in found:
-        x = across(costs[model.key])
+    for x in wanted:
         while any(abs(x - other) < 9 for other in places):
             x += 9
         places.append(x)
+    return places
+
+
+def _spots(found: Sequence[Model], places: Sequence[float], down: Axis) -> list[str]:
+    """A dot on its interval for each model, its name beside it."""
     heights = apart([down(m.value) + 4 for m in found], TOP + 6, HEIGHT - BOTTOM)
     marks, labels = [], []
     names = [clip(model.title, 22) for model in found]

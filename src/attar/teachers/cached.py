@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import attar
 from attar.data import Augmentation, Source
+from attar.data.augment import spelled
 from attar.data.contents import contents
 from attar.data.draw import augmented
 from attar.data.source import VIEW_SEED
@@ -63,7 +64,7 @@ def asked_of(
     return {
         "teacher": fingerprint_or_refuse(teacher, "the teacher"),
         "data": {"rows": len(data), "sha256": data.fingerprint()},
-        "augment": described(list(augment)),
+        "augment": spelled(augment),
         "views": views or 1,
         "addresses": sorted(addresses),
         "keep": described(keep),
@@ -74,7 +75,8 @@ def check_views(views: int | None, augment: Sequence[Augmentation]) -> None:
     """Refuse pixels of which a cache could hold but a part."""
     if augment and (views is None or views == 1):
         names = ", ".join(
-            str(described(change)).rsplit(".", 1)[-1].strip("'}") for change in augment
+            getattr(getattr(change, "func", change), "__name__", type(change).__name__)
+            for change in augment
         )
         what = "every epoch has new pixels" if views is None else "one view is no augmentation"
         raise PreflightError(
@@ -165,7 +167,7 @@ class Cached:
         check_views(views, augment)
         given = {
             "data": {"rows": len(data), "sha256": data.fingerprint()},
-            "augment": described(list(augment)),
+            "augment": spelled(augment),
             "views": views or 1,
         }
         if found := difference({name: self.asked[name] for name in given}, given):

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from attar.data.types import Augmentation
-from attar.runtime import UsageError, suggest
+from attar.runtime import PreflightError, UsageError, suggest
 from attar.training.optimization import OptimizerFactory, Schedule, cosine, sgd
 
 
@@ -91,8 +91,14 @@ def make_plan(options: dict[str, Any]) -> Plan:
         if name not in known:
             raise UsageError(f"there is no option '{name}'; {suggest(name, known)}")
     try:
-        return Plan(**options)
+        plan = Plan(**options)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{name} is {first['input']!r}: {first['msg']}") from None
+    if (plan.views or 1) > 1 and not plan.augment:
+        raise PreflightError(
+            f"views is {plan.views}, but nothing is augmented, so every view would be the same; "
+            "give augment, or leave views out"
+        )
+    return plan

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.models.quantized import parameters_of
 from attar.runtime import (
     AttarError,
     PreflightError,
@@ -341,11 +342,9 @@ def plan_stage(
         examples=len(data),
         batch_size=plan.batch_size,
         steps=steps_of(len(data), plan),
-        student_parameters=sum(p.numel() for p in student.parameters()),
+        student_parameters=parameters_of(student),
         trained_parameters=trained,
-        teacher_parameters=sum(p.numel() for p in model.parameters())
-        if isinstance(model, nn.Module)
-        else None,
+        teacher_parameters=parameters_of(model) if isinstance(model, nn.Module) else None,
         projector_parameters=projectors,
         checkpoint_bytes=STATE_COPIES
         * sum(t.numel() * t.element_size() for t in objective.state_dict().values()),
