@@ -258,12 +258,12 @@ def test_the_pruner_compares_with_those_that_met_the_goal() -> None:
     for middle in (0.5, 0.4, 0.6):
         assert not stopped(0.9, middle, 0.2)
         assert not stopped(0.9, 0.9, 0.9, miss=0.5)  # and what missed the goal is no measure
-    assert not stopped(0.99, 0.95, 0.94, miss=0.5)  # three are too few
+    assert not stopped(1.99, 1.95, 1.94, miss=0.5)  # three are too few
     assert not stopped(0.9, 0.7, 0.2)
-    assert stopped(0.9, 0.71, 0.1)
-    assert not stopped(0.9, 0.7, 0.2, miss=0.5)
-    assert not stopped(0.69, 0.9, 0.2)  # has been as good
-    assert stopped(0.99, 0.7, 0.21)
+    assert stopped(1.2, 1.01, 0.1)  # 0.7, and as much more as the others differ by
+    assert not stopped(1.2, 0.99, 0.2, miss=0.5)
+    assert not stopped(0.99, 1.2, 0.2)  # has been as good
+    assert stopped(0.99, 0.7, 0.21)  # by then they do not differ
 
 
 def test_a_student_that_keeps_enough_already_is_not_stopped(

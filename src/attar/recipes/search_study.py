@@ -402,9 +402,10 @@ def _below_the_goal(warm_up: int) -> Any:
     from optuna.trial import TrialState
 
     class Below(BasePruner):
-        """Stops what has never been as good as the least of those that met the goal was by then.
+        """Stops what has always been far below those that met the goal: by more than they differ.
 
-        The median would stop the small students, which are worse than others and good enough.
+        The median would stop the small students, which are worse than others and good enough. So
+        would the least of a few that met it, as smaller ones learn more slowly.
         """
 
         def prune(self, study: Any, trial: Any) -> bool:
@@ -413,8 +414,8 @@ def _below_the_goal(warm_up: int) -> Any:
             met = [each for each in found if all(v <= 0 for v in each.constraints.values())]
             if step is None or step < warm_up or len(met) < STARTUP:
                 return False
-            least = max(_best(each.intermediate_values, step) for each in met)
-            return _best(trial.intermediate_values, step) > least
+            best = [_best(each.intermediate_values, step) for each in met]
+            return _best(trial.intermediate_values, step) > 2 * max(best) - min(best)
 
     return Below()
 
