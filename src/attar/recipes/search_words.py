@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attar.evaluation import Verdict
@@ -71,6 +71,19 @@ def _short(path: str, others: Sequence[str]) -> str:
 
 
 def _value(value: Any) -> str:
+    """A value as people write it.
+
+    >>> _value({"name": "shrink", "width": 0.14583}), _value([8, "mlp"]), _value(None)
+    ('shrink width 0.1458', '[8, mlp]', 'null')
+    """
+    if isinstance(value, Mapping):
+        named = [str(value["name"])] if "name" in value else []
+        others = [f"{key} {_value(each)}" for key, each in value.items() if key != "name"]
+        return " ".join([*named, *others])
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, str):
+        return value
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
