@@ -32,13 +32,18 @@ class Goal:
 
 def flags(description: str) -> argparse.Namespace:
     """Read the flags that every benchmark has."""
+    return parser_of(description).parse_args()
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A parser of the flags that every benchmark has, which may be given more."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that it runs")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs")
+    return parser
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:

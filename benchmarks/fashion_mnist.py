@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 from _fashion import QUICK, Answers, Results, Settings, Size, answered, verify
-from _table import Goal, environment, finish, table
+from _table import Goal, environment, finish, parser_of, table
 from torch import nn
 
 import attar
@@ -392,12 +392,7 @@ def facts(bench: Bench) -> dict[str, dict[str, int]]:
 
 def flags() -> argparse.Namespace:
     """Read the flags: those of every benchmark, and which parts to do."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs")
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--choose", action="store_true", help="try the settings, and no rows")
     parser.add_argument("--table", action="store_true", help="train nothing")
     known = [*TEACHERS[:1], *ALL_LABELS, *FEW_LABELS]

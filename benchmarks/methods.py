@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from _fashion import Results
-from _table import Goal, environment, finish, table
+from _table import Goal, environment, finish, parser_of, table
 from torch import nn
 
 import attar
@@ -360,12 +360,7 @@ def judge(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs")
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--rows", default=",".join(METHODS), help="which rows")
     parser.add_argument("--seeds", default="0,1,2", help="which seeds")

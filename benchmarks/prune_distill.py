@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _fashion import Results
-from _table import Goal, environment, finish, table
+from _table import Goal, environment, finish, parser_of, table
 from _trained import CACHE, QUICK, Images, Size, spread
 from torch import nn
 
@@ -297,12 +297,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs")
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--data", metavar="FOLDER", help="folder of the four idx files")
     parser.add_argument("--ways", default=",".join(TITLES), help="which ways")

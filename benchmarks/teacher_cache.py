@@ -30,7 +30,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from _table import Goal, environment, finish, table
+from _table import Goal, environment, finish, parser_of, table
 from fashion_mnist import CACHE
 from torch import Tensor
 
@@ -62,12 +62,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--quick", action="store_true", help="few rows: shows that it runs")
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--row", choices=ROWS, help="run this one here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", default="runs/cache", help="where caches lie")

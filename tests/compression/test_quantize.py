@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import attar
 from attar.compression import Quantization, plan_quantize
-from attar.compression.common import count
 from attar.compression.quantize import folded
 from attar.models import build, load, merged, save
 from attar.models.quantized import (
@@ -507,7 +506,6 @@ def test_whole_numbers_are_as_many_parameters_as_floats(mode, bits, tmp_path):
         made = attar.quantize(model, inputs, mode=mode, bits=bits)
     expected = 65 * 34 + 34 + 34 * 10 + 10
     assert parameters_of(model) == parameters_of(made) == expected
-    assert count(made) == expected
     found = attar.evaluation.cost(made.eval(), inputs, device="cpu", one_thread=False)
     assert found.parameters == expected
     save(made, tmp_path)

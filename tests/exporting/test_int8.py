@@ -420,6 +420,7 @@ def test_a_recipe_calibrates_on_training_rows_and_tells_what_was_lost(drop, tmp_
     assert (small["format"], small["path"]) == ("onnx_int8", "model.int8.onnx")
     assert (tmp_path / "run" / "export" / "model.int8.onnx").stat().st_size == small["bytes"]
     assert small["lost"]["budget"] == float(drop)
+    assert told["notes"][0].startswith("model.int8.onnx has ")
     assert small["lost"]["module"] == pytest.approx(
         told["models"]["distilled"]["scores"]["accuracy"]
     )

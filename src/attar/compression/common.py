@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attar.models.adapters import has_adapters
 from attar.models.masks import masked
 from attar.models.matching import matching
-from attar.models.quantized import modes, parameters_of
+from attar.models.quantized import modes
 from attar.models.state import aliases_of
 from attar.runtime import UsageError, first_line, suggest
 
@@ -158,11 +158,6 @@ def spread(rows: int, data: Any) -> Tensor:
     """The numbers of up to *rows* examples from all over *data*."""
     count = min(rows, len(data))
     return torch.arange(count) * len(data) // count
-
-
-def count(model: nn.Module) -> int:
-    """How many numbers *model* holds in its parameters; a shared one once."""
-    return parameters_of(model)
 
 
 def thousands(parameters: tuple[int, int]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from attar.compression.common import (
     applied,
     check_plain,
-    count,
     layers_of,
     planned_layer,
     thousands,
@@ -29,6 +28,7 @@ from attar.compression.low_rank import (
 )
 from attar.compression.moments import moments
 from attar.models.changed import LowRank, noted, put
+from attar.models.quantized import parameters_of
 from attar.runtime import UsageError
 
 Rank = Annotated[
@@ -207,7 +207,7 @@ def plan_factorize(
             f"factorize: no layer would become smaller ({reasons}); lower rank or energy, or "
             "name other layers"
         )
-    before = count(model)
+    before = parameters_of(model)
     after = before - sum(each.weights[0] - each.weights[1] for each in found)
     return Factorization(tuple(found), left, (before, after), examples, seen)
 

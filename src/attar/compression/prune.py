@@ -17,13 +17,13 @@ from attar.compression.common import (
     applied,
     check_float,
     check_plain,
-    count,
     layers_of,
     run,
     thousands,
 )
 from attar.compression.graph import attentions, check_known, pruned
 from attar.models.changed import differences, noted, replace
+from attar.models.quantized import parameters_of
 from attar.models.state import aliases_of
 from attar.runtime import UsageError, eval_mode, first_line
 
@@ -251,9 +251,9 @@ def _recorded(model: nn.Module, marked: nn.Module, advice: str) -> Pruning:
                 None if each is None else lists.setdefault(each, len(lists)) for each in kept
             )
     _check_tied(model, tensors)
-    before = count(model)
+    before = parameters_of(model)
     plan = Pruning(parts, tuple(lists), tensors, (before, before))
-    after = count(plan.apply(model))
+    after = parameters_of(plan.apply(model))
     return Pruning(parts, tuple(lists), tensors, (before, after))
 
 

@@ -12,10 +12,11 @@ from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from attar.compression.axes import config_of
-from attar.compression.common import applied, check_plain, count, thousands
+from attar.compression.common import applied, check_plain, thousands
 from attar.compression.inherit import Choice, Inheritance, Layers, Share, plan_inheritance
 from attar.models import build, families
 from attar.models.changed import FAMILY as CHANGED
+from attar.models.quantized import parameters_of
 from attar.runtime import UsageError, suggest
 
 Depth = Annotated[int, Ge(1)]
@@ -147,7 +148,7 @@ def plan_shrink(
         scale=scale,
         blend=blend,
     )
-    return Shrink(changes, plan, seed, (count(teacher), count(student)))
+    return Shrink(changes, plan, seed, (parameters_of(teacher), parameters_of(student)))
 
 
 shrink = applied(plan_shrink)
